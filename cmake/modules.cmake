@@ -5,12 +5,16 @@ function(add_module name)
   target_link_libraries(${name} PUBLIC ${ARG_DEPS})
 endfunction()
 
+# `programs`: what a user runs, without the tests.
+add_custom_target(programs)
+
 # add_program(NAME SRCS main.cc DEPS x ...): an executable in build/bin.
 function(add_program name)
   cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
   add_executable(${name} ${ARG_SRCS})
   target_link_libraries(${name} PRIVATE ${ARG_DEPS})
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
+  add_dependencies(programs ${name})
 endfunction()
 
 # add_module_test(NAME SRCS x_test.cc DEPS y ...): a GoogleTest program, one CTest test. Tests may read

@@ -1,15 +1,17 @@
-// Backend: the operations of a decoder at the grain of fused kernels, for one device. worker/engine calls one
-// operation per line; kernels/cpu is the reference and a real backend, kernels/cuda the fast one.
+// Backend: the operations of a decoder at the grain of fused kernels, for one device. worker/engine
+// calls one operation per line; kernels/cpu is the reference and a real backend, kernels/cuda the
+// fast one.
 //
-// What a result may depend on. CPU: a row's result depends on its own inputs alone. The order of every reduction is
-// fixed by k and by tiles of keys, never by the number of rows, the chunk, the batch mates or the threads; so cutting
-// a model over workers, or a prompt into chunks, changes no bit (same host, same SIMD target). CUDA: the same within
-// one batch bucket.
+// What a result may depend on. CPU: a row's result depends on its own inputs alone. The order of
+// every reduction is fixed by k and by tiles of keys, never by the number of rows, the chunk, the
+// batch mates or the threads; so cutting a model over workers, or a prompt into chunks, changes no
+// bit (same host, same SIMD target). CUDA: the same within one batch bucket.
 //
-// Lifetime: Load* calls may fail and allocate; step operations neither allocate nor fail, and a wrong shape is a CHECK
-// failure. Threads: load calls are thread-safe; step operations belong to the one thread that owns the Backend.
-// Every TensorView must lie in memory from Allocate() of this backend and have dtype activation_dtype() unless it says
-// otherwise. Shapes use M = rows of the step (num_tokens), N = out features, K = in features.
+// Lifetime: Load* calls may fail and allocate; step operations neither allocate nor fail, and a
+// wrong shape is a CHECK failure. Threads: load calls are thread-safe; step operations belong to
+// the one thread that owns the Backend. Every TensorView must lie in memory from Allocate() of this
+// backend and have dtype activation_dtype() unless it says otherwise. Shapes use M = rows of the
+// step (num_tokens), N = out features, K = in features.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +24,7 @@
 #include "kernels/core/buffer.h"
 #include "kernels/core/tensor.h"
 #include "kernels/quant.h"
+#include "kernels/sampling.h"
 
 namespace sluice {
 
@@ -82,15 +85,16 @@ struct Linear {
 
 enum class Activation : uint8_t { kNone, kRelu, kSilu, kGelu, kGeluTanh };
 
-// Rotary embedding of a head's first 2 * half_dim elements; element i turns with i + half_dim ("rotate half").
-// cos, sin: [M, half_dim] float32, made once a step by Backend::RopeTable.
+// Rotary embedding of a head's first 2 * half_dim elements; element i turns with i + half_dim
+// ("rotate half"). cos, sin: [M, half_dim] float32, made once a step by Backend::RopeTable.
 struct RopeRows {
   const float* cos = nullptr;
   const float* sin = nullptr;
   int64_t half_dim = 0;
 };
 
-// The KV cache of one layer: k and v are [num_blocks, num_kv_heads, block_size, head_dim] of activation_dtype().
+// The KV cache of one layer: k and v are [num_blocks, num_kv_heads, block_size, head_dim] of
+// activation_dtype().
 struct KvLayer {
   void* k = nullptr;
   void* v = nullptr;
@@ -100,8 +104,9 @@ struct KvLayer {
   int64_t head_dim = 0;
 };
 
-// The rows [row_begin, row_begin + num_rows) of a step that belong to one sequence; row i has position start_pos + i
-// and sees positions 0 .. start_pos + i. block_table holds at least ceil((start_pos + num_rows) / block_size) ids.
+// The rows [row_begin, row_begin + num_rows) of a step that belong to one sequence; row i has
+// position start_pos + i and sees positions 0 .. start_pos + i. block_table holds at least
+// ceil((start_pos + num_rows) / block_size) ids.
 struct SequenceRows {
   int64_t row_begin = 0;
   int64_t num_rows = 0;
@@ -109,105 +114,82 @@ struct SequenceRows {
   const uint32_t* block_table = nullptr;
 };
 
-// How one sampled row is turned into a token id: a function of (logits, these fields) alone, so neither batch mates
-// nor the moment change it. Order: repetition, presence and frequency penalties, min_tokens mask, temperature, top_k, top_p, min_p,
-// then a draw with Philox 4x32-10 keyed by (seed, choice) at counter (token_index). temperature 0 = argmax, ties to
-// the lowest id.
-struct SamplingRow {
-  int64_t row = 0;               // Row of the logits
-  float temperature = 0.0f;      // >= 0
-  int32_t top_k = 0;             // 0 = off
-  float top_p = 1.0f;            // (0, 1]
-  float min_p = 0.0f;            // [0, 1]
-  float repetition_penalty = 1.0f;  // > 0; over prompt and output, as in transformers
-  float presence_penalty = 0.0f;    // over output tokens, as in vLLM
-  float frequency_penalty = 0.0f;   // over output tokens
-  uint64_t seed = 0;
-  uint32_t choice = 0;
-  uint32_t token_index = 0;      // 0 for the first sampled token
-  int32_t num_logprobs = -1;     // -1 none, 0 the sampled token only, n top n besides
-  absl::Span<const uint32_t> prompt_ids;   // For repetition_penalty
-  absl::Span<const uint32_t> output_ids;   // Sampled so far
-  absl::Span<const uint32_t> banned_ids;   // Never sampled in this row (eos and stop ids below min_tokens)
-};
-
-struct TokenLogprob {
-  uint32_t token_id = 0;
-  float logprob = 0.0f;  // Natural log of softmax of the raw logits, before penalties and temperature
-};
-
-struct SampledToken {
-  uint32_t token_id = 0;
-  float logprob = 0.0f;            // Set when num_logprobs >= 0
-  std::vector<TokenLogprob> top;   // Highest first, num_logprobs of them
-  bool finite = true;              // False: a logit was NaN or infinite; token_id is then meaningless
-};
-
 class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual std::string Name() const = 0;           // "cpu (avx3, 2 threads)"
-  virtual DType activation_dtype() const = 0;     // Also the dtype of the residual stream on the wire
+  virtual std::string Name() const = 0;        // "cpu (avx3, 2 threads)"
+  virtual DType activation_dtype() const = 0;  // Also the dtype of the residual stream on the wire
 
-  // --- Load -----------------------------------------------------------------------------------------------------
-  // Packs matrices that share their input, stacked along n (q, k, v; gate, up), into one weight. All have the same k. Formats, group
-  // sizes and perms may differ from one to the next. RESOURCE_EXHAUSTED when the device has no memory left.
+  // --- Load --------------------------------------------------------------------------------
+  // Packs matrices that share their input, stacked along n (q, k, v; gate, up), into one weight.
+  // All have the same k. Formats, group sizes and perms may differ from one to the next.
+  // RESOURCE_EXHAUSTED when the device has no memory left.
   virtual absl::StatusOr<std::unique_ptr<PackedMatrix>> Upload(
       absl::Span<const QuantizedMatrix* const> stacked) = 0;
   // The vectors (kPlain, n = 1) one after another, as float32.
   virtual absl::StatusOr<std::unique_ptr<DeviceVector>> UploadVector(
       absl::Span<const QuantizedMatrix* const> stacked) = 0;
   virtual absl::StatusOr<std::unique_ptr<DeviceBuffer>> Allocate(int64_t bytes) = 0;
-  // Reserves scratch for steps of up to max_rows rows, the widest N and K of the shard, and contexts of max_context.
+  // Reserves scratch for steps of up to max_rows rows, the widest N and K of the shard, and
+  // contexts of max_context.
   struct Workspace {
     int64_t max_rows = 0, max_n = 0, max_k = 0, max_heads = 0, max_context = 0;
   };
   virtual absl::Status Reserve(const Workspace& workspace) = 0;
 
-  // --- Step -----------------------------------------------------------------------------------------------------
+  // --- Step --------------------------------------------------------------------------------
   // out[m] = row ids[m] of table; out [M, table.k].
   virtual void Embed(const PackedMatrix& table, absl::Span<const uint32_t> ids, TensorView out) = 0;
   // x[m] += row ids[m] of table (learned positions).
-  virtual void AddEmbedding(const PackedMatrix& table, absl::Span<const uint32_t> ids, TensorView x) = 0;
+  virtual void AddEmbedding(const PackedMatrix& table, absl::Span<const uint32_t> ids,
+                            TensorView x) = 0;
 
-  // cos/sin of position * inv_freq * 1 for each row; inv_freq[m] points to half_dim floats for row m. `scale` multiplies both.
-  virtual RopeRows RopeTable(absl::Span<const uint32_t> positions, absl::Span<const float* const> inv_freq,
-                             int64_t half_dim, float scale) = 0;
+  // cos/sin of position * inv_freq for each row; inv_freq[m] points to half_dim floats for row
+  // m. `scale` multiplies both.
+  virtual RopeRows RopeTable(absl::Span<const uint32_t> positions,
+                             absl::Span<const float* const> inv_freq, int64_t half_dim,
+                             float scale) = 0;
 
   // y [M, N] = act(norm(x) * W^T + bias). y must not alias x.
-  virtual void NormMatMul(const Norm& norm, TensorView x, const Linear& linear, Activation act, TensorView y) = 0;
-  // y [M, N/2] = act(g) * u, where g, u = the two halves of norm(x) * W^T + bias, W [N, K] = gate stacked on up.
-  virtual void NormGateUp(const Norm& norm, TensorView x, const Linear& gate_up, Activation act, TensorView y) = 0;
+  virtual void NormMatMul(const Norm& norm, TensorView x, const Linear& linear, Activation act,
+                          TensorView y) = 0;
+  // y [M, N/2] = act(g) * u, where g, u = the two halves of norm(x) * W^T + bias, W [N, K] = gate
+  // stacked on up.
+  virtual void NormGateUp(const Norm& norm, TensorView x, const Linear& gate_up, Activation act,
+                          TensorView y) = 0;
   // residual [M, N] += x * W^T + bias.
   virtual void MatMulResidual(TensorView x, const Linear& linear, TensorView residual) = 0;
   // x = norm(x), in place.
   virtual void ApplyNorm(const Norm& norm, TensorView x) = 0;
 
-  // qkv [M, (num_heads + 2 * num_kv_heads) * head_dim]: turns q and k in place (rope may be null) and writes k and v of each row to
-  // its slot in the cache.
-  virtual void RopeAndWriteKv(TensorView qkv, const RopeRows* rope, absl::Span<const SequenceRows> sequences,
-                              const KvLayer& kv) = 0;
-  // out [M, num_heads * head_dim] = softmax(scale * q * K^T) * V, causal, over the cache. Query head h reads KV head
-  // h / (num_heads / num_kv_heads). q = the first num_heads * head_dim columns of qkv.
-  virtual void PagedAttention(TensorView qkv, absl::Span<const SequenceRows> sequences, const KvLayer& kv,
-                              float scale, TensorView out) = 0;
+  // qkv [M, (num_heads + 2 * num_kv_heads) * head_dim]: turns q and k in place (rope may be null)
+  // and writes k and v of each row to its slot in the cache.
+  virtual void RopeAndWriteKv(TensorView qkv, const RopeRows* rope,
+                              absl::Span<const SequenceRows> sequences, const KvLayer& kv) = 0;
+  // out [M, num_heads * head_dim] = softmax(scale * q * K^T) * V, causal, over the cache. Query
+  // head h reads KV head h / (num_heads / num_kv_heads). q = the first num_heads * head_dim columns
+  // of qkv.
+  virtual void PagedAttention(TensorView qkv, absl::Span<const SequenceRows> sequences,
+                              const KvLayer& kv, float scale, TensorView out) = 0;
 
   // logits [R, vocab] float32 = norm(x[rows]) * W^T, R = rows.size().
-  virtual void LmHead(const Norm& norm, TensorView x, absl::Span<const int64_t> rows, const Linear& head,
-                      TensorView logits) = 0;
+  virtual void LmHead(const Norm& norm, TensorView x, absl::Span<const int64_t> rows,
+                      const Linear& head, TensorView logits) = 0;
   // One result per request, in order; SamplingRow::row indexes logits.
-  virtual void Sample(TensorView logits, absl::Span<const SamplingRow> rows, absl::Span<SampledToken> out) = 0;
-  // Log-probability of token `id` in row `row` and the top `count`, of the raw logits (prompt logprobs).
+  virtual void Sample(TensorView logits, absl::Span<const SamplingRow> rows,
+                      absl::Span<SampledToken> out) = 0;
+  // Log-probability of token `id` in row `row` and the top `count`, of the raw logits (prompt
+  // logprobs).
   virtual SampledToken Score(TensorView logits, int64_t row, uint32_t id, int32_t count) = 0;
 
   // Copies between host and device memory; returns when done.
-  virtual void CopyToHost(TensorView source, void* host) = 0;        // Dense rows of cols elements
+  virtual void CopyToHost(TensorView source, void* host) = 0;  // Dense rows of cols elements
   virtual void CopyFromHost(const void* host, TensorView target) = 0;
 };
 
-// A CPU backend with its own pool of num_threads - 1 helpers (the caller is the other one); they sleep while idle.
-// INVALID_ARGUMENT unless 1 <= num_threads <= 1024.
+// A CPU backend with its own pool of num_threads - 1 helpers (the caller is the other one); they
+// sleep while idle. INVALID_ARGUMENT unless 1 <= num_threads <= 1024.
 absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(int num_threads);
 
 // UNIMPLEMENTED in a build without CUDA, and until the CUDA engine is complete.

@@ -88,7 +88,8 @@ absl::Status CheckSpec(const QuantSpec& spec) {
           absl::StrCat("group size ", spec.group_size, " is out of range 1..", spec.k));
     }
   }
-  // n and k are below 2^31 and an element takes at most 14 bytes in all planes: no overflow in 64 bits up to here.
+  // n and k are below 2^31 and an element takes at most 14 bytes in all planes: no overflow in 64
+  // bits up to here.
   const double bytes = static_cast<double>(spec.n) * static_cast<double>(spec.k) * 14.0;
   if (bytes > 1.8e19 || SizesOf(spec).total() > kMaxBytes) {
     return absl::InvalidArgumentError(
@@ -193,8 +194,7 @@ float DequantizeOne(const QuantizedMatrix& matrix, int64_t row, int64_t column) 
     return scale * static_cast<float>(code - matrix.zeros()[group]);
   }
   if (spec.format == QuantFormat::kInt4Offset) {
-    return scale * static_cast<float>(code) +
-           ReadFloat(spec.scale_dtype, matrix.offsets(), group);
+    return scale * static_cast<float>(code) + ReadFloat(spec.scale_dtype, matrix.offsets(), group);
   }
   float value;
   std::memcpy(&value, matrix.table() + code, sizeof(value));

@@ -1,24 +1,25 @@
-// The canonical form of a weight matrix: what the loader makes from every source format, what travels to the
-// workers, and what a backend packs when it uploads it (Backend::Upload). No kernel layout appears here.
+// The canonical form of a weight matrix: what the loader makes from every source format, what
+// travels to the workers, and what a backend packs when it uploads it (Backend::Upload). No kernel
+// layout appears here.
 //
-// A matrix W has shape [n, k]: n output features, k input features; y = x * W^T. With group g = column / group_size
-// (the last group may be shorter) and code c of an element:
+// A matrix W has shape [n, k]: n output features, k input features; y = x * W^T. With group g =
+// column / group_size (the last group may be shorter) and code c of an element:
 //
-//   kPlain     w = element                              elements [n, k] of plain_dtype
-//   kInt4Zero  w = scale[row][g] * (c - zero[row][g])   c in 0..15, zero in 0..16 (AWQ, GPTQ, GGUF Q4_0)
-//   kInt4Offset w = scale[row][g] * c + offset[row][g]  c in 0..15, a real offset (GGUF Q4_1)
-//   kTable4    w = table[c] * scale[row][g]             c in 0..15, one table for the matrix (NF4, FP4)
-//   kInt8      w = scale[row][g] * c                    c in -128..127 (GGUF Q8_0; rows of LLM.int8)
+//   kPlain       w = element                             elements [n, k] of plain_dtype
+//   kInt4Zero    w = scale[row][g] * (c - zero[row][g])  c 0..15, zero 0..16 (AWQ, GPTQ, Q4_0)
+//   kInt4Offset  w = scale[row][g] * c + offset[row][g]  c 0..15, a real offset (GGUF Q4_1)
+//   kTable4      w = table[c] * scale[row][g]            c 0..15, one table (NF4, FP4)
+//   kInt8        w = scale[row][g] * c                   c -128..127 (GGUF Q8_0; LLM.int8)
 //
 // A matrix is a sequence of planes, each row-major by output row, in this order and without gaps:
 //
-//   codes    4-bit: [n, ceil(k/2)] bytes; byte j of a row holds column 2j in bits 0..3 and 2j+1 in bits 4..7
-//            kInt8: [n, k] int8; kPlain: [n, k] of plain_dtype, little-endian
-//   scales   [n, groups] of scale_dtype (kF16, kBF16 or kF32)                     not for kPlain
-//   zeros    [n, groups] uint8                                                    kInt4Zero only
-//   offsets  [n, groups] of scale_dtype                                           kInt4Offset only
-//   table    [16] float32                                                         kTable4 only
-//   perm     [k] int32: column i of the planes is input feature perm[i]           only when has_perm (act-order)
+//   codes    4-bit: [n, ceil(k/2)] bytes; byte j of a row holds column 2j in bits 0..3 and column
+//            2j+1 in bits 4..7; kInt8: [n, k] int8; kPlain: [n, k] of plain_dtype, little-endian
+//   scales   [n, groups] of scale_dtype (kF16, kBF16 or kF32)             not for kPlain
+//   zeros    [n, groups] uint8                                            kInt4Zero only
+//   offsets  [n, groups] of scale_dtype                                   kInt4Offset only
+//   table    [16] float32                                                 kTable4 only
+//   perm     [k] int32: column i of the planes is input feature perm[i]   only has_perm (act-order)
 //
 // Example: n = 1, k = 4, group_size = 2, kInt4Zero, codes 1 2 3 4, scales 0.5 2, zeros 0 3:
 //   codes 0x21 0x43; scales 0x3800 0x4000 (float16); zeros 0x00 0x03; W = 0.5 1 0 2.
@@ -59,8 +60,8 @@ struct PlaneSizes {
   uint64_t total() const { return codes + scales + zeros + offsets + table + perm; }
 };
 
-// INVALID_ARGUMENT when n, k or group_size are out of range (1 <= n, k < 2^31, 1 <= group_size <= k), a dtype does not
-// suit the format, or the total would pass 2^48 bytes.
+// INVALID_ARGUMENT when n, k or group_size are out of range (1 <= n, k < 2^31, 1 <= group_size <=
+// k), a dtype does not suit the format, or the total would pass 2^48 bytes.
 absl::Status CheckSpec(const QuantSpec& spec);
 
 // REQUIRES: CheckSpec(spec) is OK.
@@ -89,11 +90,12 @@ struct QuantizedMatrix {
   const int32_t* perm() const;
 };
 
-// Rejects values that no later code may trust from a peer: perm is a permutation of 0..k-1, zeros <= 16, scales, offsets
-// and table finite. INVALID_ARGUMENT says which plane and where.
+// Rejects values that no later code may trust from a peer: perm is a permutation of 0..k-1, zeros
+// <= 16, scales, offsets and table finite. INVALID_ARGUMENT says which plane and where.
 absl::Status CheckValues(const QuantizedMatrix& matrix);
 
-// Row `row` of W as float in input-feature order (perm undone). The definition that every kernel is tested against.
+// Row `row` of W as float in input-feature order (perm undone). The definition that every kernel is
+// tested against.
 void DequantizeRow(const QuantizedMatrix& matrix, int64_t row, float* out);
 
 }  // namespace sluice

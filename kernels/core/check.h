@@ -1,5 +1,6 @@
-// SLUICE_CHECK(condition) << "text": ends the process with file, line and text when a programmer's rule is
-// broken. Only for our own bugs (a wrong shape from our code); bad input, files and peers get an absl::Status.
+// SLUICE_CHECK(condition) << "text": ends the process with file, line and text when a programmer's
+// rule is broken. Only for our own bugs (a wrong shape from our code); bad input, files and peers
+// get an absl::Status.
 #pragma once
 
 #include <sstream>

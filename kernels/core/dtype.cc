@@ -58,7 +58,7 @@ uint16_t FloatToHalf(float value) {
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return sign | 0x7E00u;   // NaN
   if (magnitude >= 0x477FF000u) return sign | 0x7C00u;  // 65520 and above round to infinity.
-  if (magnitude < 0x38800000u) {  // Below 2^-14: adding 0.5 lets the FPU round at 2^-24, to nearest even.
+  if (magnitude < 0x38800000u) {  // Below 2^-14: + 0.5 lets the FPU round at 2^-24, to even.
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return sign | static_cast<uint16_t>(std::bit_cast<uint32_t>(shifted) - 0x3F000000u);
   }
@@ -72,7 +72,8 @@ float BFloat16ToFloat(uint16_t bits) {
 
 uint16_t FloatToBFloat16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN
+  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  if (is_nan) return static_cast<uint16_t>((bits >> 16) | 0x40u);
   return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 

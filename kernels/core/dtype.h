@@ -14,8 +14,8 @@ size_t SizeOf(DType dtype);
 // "float32", "float16", "bfloat16", "int32", "int8", "uint8": the names Hugging Face configs use.
 const char* NameOf(DType dtype);
 
-// IEEE 754 binary16 and bfloat16 bit patterns to float (exact), and back (round to nearest even; NaN stays NaN,
-// overflow becomes infinity).
+// IEEE 754 binary16 and bfloat16 bit patterns to float (exact), and back (round to nearest even;
+// NaN stays NaN, overflow becomes infinity).
 float HalfToFloat(uint16_t bits);
 uint16_t FloatToHalf(float value);
 float BFloat16ToFloat(uint16_t bits);

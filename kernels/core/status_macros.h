@@ -17,7 +17,8 @@
     }                                                         \
   } while (false)
 
-// SLUICE_ASSIGN_OR_RETURN(auto x, F()): x takes the value of F(), or the function returns F()'s status.
+// SLUICE_ASSIGN_OR_RETURN(auto x, F()): x takes the value of F(), or the function returns F()'s
+// status.
 #define SLUICE_ASSIGN_OR_RETURN(declaration, expression) \
   SLUICE_ASSIGN_OR_RETURN_INNER(SLUICE_CONCAT(status_or_, __LINE__), declaration, expression)
 #define SLUICE_ASSIGN_OR_RETURN_INNER(name, declaration, expression) \

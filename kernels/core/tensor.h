@@ -8,8 +8,8 @@
 
 namespace sluice {
 
-// [rows, cols], `stride` elements from one row to the next (stride >= cols). The memory belongs to the backend
-// that the view is used with: host memory for CPU, device memory for CUDA.
+// [rows, cols], `stride` elements from one row to the next (stride >= cols). The memory belongs to
+// the backend that the view is used with: host memory for CPU, device memory for CUDA.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kF32;
