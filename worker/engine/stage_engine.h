@@ -1,5 +1,6 @@
-// StageEngine: one stage of the pipeline on one device. Owns shard, KV cache, sequence table and backend; all calls
-// come from one thread, steps in order. Knows block ids and sequence ids, not requests; no gRPC here.
+// StageEngine: one stage of the pipeline on one device. Owns shard, KV cache, sequence table and
+// backend; all calls come from one thread, steps in order. Knows block ids and sequence ids, not
+// requests; no gRPC here.
 #pragma once
 
 #include <functional>
@@ -22,24 +23,28 @@ struct StageMemory {
 
 class StageEngine {
  public:
-  // Takes the tensors of the shard one by one (canonical names of TensorSpec), uploads a weight as soon as its parts (q, k, v) are there.
+  // Takes the tensors of the shard one by one (canonical names of TensorSpec), uploads a weight as
+  // soon as its parts (q, k, v) are there.
   class Loader {
    public:
     virtual ~Loader() = default;
-    // INVALID_ARGUMENT: unknown name, wrong shape for the config, twice, or values that break a rule.
+    // INVALID_ARGUMENT: unknown name, wrong shape for the config, twice, or values that break a
+    // rule.
     virtual absl::Status Add(const std::string& name, QuantizedMatrix tensor) = 0;
     // FAILED_PRECONDITION lists tensors that are missing. Allocates KV cache and workspace.
     virtual absl::StatusOr<std::unique_ptr<StageEngine>> Finish() = 0;
   };
 
   // `backend` must outlive the engine.
-  static absl::StatusOr<std::unique_ptr<Loader>> NewLoader(const internal::v1::ShardAssignment& assignment,
-                                                           Backend* backend);
+  static absl::StatusOr<std::unique_ptr<Loader>> NewLoader(
+      const internal::v1::ShardAssignment& assignment, Backend* backend);
 
   virtual ~StageEngine() = default;
 
-  // Forgets all sequences and takes the numbers of a new plan with the same layers (epoch change). Reallocates KV when num_blocks,
-  // block_size or limits changed.
+  // Forgets all sequences and takes the numbers of a new plan with the same layers (epoch change).
+  // Reallocates KV when num_blocks, block_size or limits changed. FAILED_PRECONDITION: another
+  // model, layers or ends; nothing changes then. After RESOURCE_EXHAUSTED the engine refuses steps
+  // until a Reconfigure succeeds.
   virtual absl::Status Reconfigure(const internal::v1::ShardAssignment& assignment) = 0;
 
   // Hidden rows of a step on the wire: [num_tokens, hidden_size] of the backend's activation dtype.
@@ -48,26 +53,34 @@ class StageEngine {
 
   struct StepInput {
     const internal::v1::StepHeader* header = nullptr;
-    const uint8_t* hidden_states = nullptr;  // Stages after the first; num_tokens * hidden_row_bytes() bytes
+    const uint8_t* hidden_states =
+        nullptr;  // Stages after the first; num_tokens * hidden_row_bytes() bytes
     uint64_t hidden_bytes = 0;
   };
   struct StepOutput {
     std::vector<uint8_t> hidden_states;  // Stages before the last; reused from step to step
-    internal::v1::TokenFrame tokens;     // Last stage: tokens and prompt_scores
+    internal::v1::TokenFrame tokens;     // Last stage: epoch, step, slot, tokens and prompt_scores
   };
 
-  // Ids that the ring brought, inputs of steps that run ahead. A step that names a sampled_by_step not yet known must not be run:
-  // see HasInputs. With one stage the engine keeps its own samples; AddSampled is then not needed.
+  // Ids that the ring brought, inputs of steps that run ahead. A step that names a sampled_by_step
+  // not yet known must not be run: see HasInputs. With one stage the engine keeps its own samples;
+  // AddSampled is then not needed.
   virtual void AddSampled(const internal::v1::TokenFrame& frame) = 0;
   virtual bool HasInputs(const internal::v1::StepHeader& header) const = 0;
 
-  // Runs one step. Before it computes, it checks everything that came from outside: INVALID_ARGUMENT names the field (block id outside the pool,
-  // rows above max_batch_tokens, a sequence without its first slice, positions with a gap, wrong number of hidden bytes).
-  // After an error the engine is still usable; the sequences of the step are not.
+  // Runs one step. Before it computes, it checks everything that came from outside:
+  // INVALID_ARGUMENT names the field (block id outside the pool, rows above max_batch_tokens, a
+  // sequence without its first slice, positions with a gap, wrong number of hidden bytes). A
+  // refused step changes nothing here, its releases included; whether its sequences can go on
+  // depends on the other stages.
   virtual absl::Status Step(const StepInput& input, StepOutput* output) = 0;
 
   virtual StageMemory memory() const = 0;
   virtual const internal::v1::ShardAssignment& assignment() const = 0;
+
+  // Last stage: the logits [num_tokens, vocab_size] of every row of the last step, sampled or not.
+  // For comparison with other implementations; allocates.
+  virtual std::vector<float> LogitsForTest() = 0;
 };
 
 }  // namespace sluice::worker
