@@ -33,7 +33,7 @@ tests/worker         | tests/support proto services/rpc worker kernels
 tests/services       | tests/support proto services kernels/core kernels/quant
 tests/support        | proto services worker kernels
 tests/e2e            | tests/support proto services/rpc
-tests/bench          | tests/support proto services worker kernels
+tests/bench          | tests/support tests/e2e proto services worker kernels
 TABLE
 }
 
