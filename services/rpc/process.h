@@ -29,8 +29,9 @@ class SignalWatcher {
   std::thread thread_;
 };
 
-// Asks the system for SIGTERM when the parent process ends. `parent_pid` is the parent as the
-// program saw it first (getppid() at the start of main, or a number the parent gave).
+// Asks the system for SIGTERM when the parent process ends (to be exact, the thread that started
+// this one: start children from a thread that lives as long as the process). `parent_pid` is the
+// parent as the program saw it first (getppid() at the start of main, or a number the parent gave).
 // FAILED_PRECONDITION when the parent has gone already: exit then.
 absl::Status DieWithParent(int parent_pid);
 
