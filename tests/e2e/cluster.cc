@@ -1,0 +1,206 @@
+#include "tests/e2e/cluster.h"
+
+#include <unistd.h>
+
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <thread>
+
+namespace sluice::e2e {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string Program(const std::string& name) { return std::string(SLUICE_BIN) + "/" + name; }
+
+std::string ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::stringstream content;
+  content << file.rdbuf();
+  return content.str();
+}
+
+// Content of a JSON file that a process is about to write; empty object after 30 s.
+nlohmann::json WaitForJson(const std::string& path) {
+  for (int i = 0; i < 6000; ++i) {
+    if (fs::exists(path)) return nlohmann::json::parse(ReadFile(path), nullptr, false);
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  return nlohmann::json::object();
+}
+
+std::string LastLines(const std::string& path, size_t bytes) {
+  const std::string text = ReadFile(path);
+  return text.size() > bytes ? text.substr(text.size() - bytes) : text;
+}
+
+}  // namespace
+
+Cluster::Cluster(const ClusterOptions& options) : options_(options) {
+  std::string pattern = fs::temp_directory_path() / "sluice-e2e-XXXXXX";
+  folder_ = mkdtemp(pattern.data());
+  workers_.resize(options.workers);
+  StartLoader();
+  StartController();
+  for (int i = 0; i < options.workers; ++i) StartWorker(i);
+}
+
+Cluster::~Cluster() {
+  workers_.clear();
+  controller_.Kill();
+  loader_.Kill();
+  fs::remove_all(folder_);
+}
+
+void Cluster::StartLoader() {
+  const std::string file = folder_ + "/loader.json";
+  fs::remove(file);
+  const std::string listen = loader_address_.empty() ? "127.0.0.1:0" : loader_address_;
+  loader_ = Process({Program("sluice-loader"), "--model", options_.model, "--listen", listen,
+                     "--address-file", file},
+                    folder_ + "/loader.log");
+  loader_address_ = WaitForJson(file).value("address", "");
+}
+
+void Cluster::StartController() {
+  const std::string file = folder_ + "/controller.json";
+  fs::remove(file);
+  const auto listen = [](const std::string& known) {
+    return known.empty() ? std::string("127.0.0.1:0") : known;
+  };
+  std::vector<std::string> command = {Program("sluice-controller"),
+                                      "--loader",
+                                      loader_address_,
+                                      "--listen",
+                                      listen(public_address_),
+                                      "--internal-listen",
+                                      listen(internal_address_),
+                                      "--admin-listen",
+                                      listen(admin_address_),
+                                      "--address-file",
+                                      file,
+                                      "--workers",
+                                      std::to_string(options_.workers)};
+  command.insert(command.end(), options_.controller_flags.begin(), options_.controller_flags.end());
+  controller_ = Process(command, folder_ + "/controller.log");
+  const nlohmann::json addresses = WaitForJson(file);
+  public_address_ = addresses.value("public", "");
+  internal_address_ = addresses.value("internal", "");
+  admin_address_ = addresses.value("admin", "");
+}
+
+void Cluster::StartWorker(int index) {
+  const std::string name = "worker-" + std::to_string(index);
+  std::vector<std::string> command = {Program("sluice-worker"),
+                                      "--controller",
+                                      internal_address_,
+                                      "--worker-id",
+                                      name,
+                                      "--device-index",
+                                      std::to_string(index),
+                                      "--listen",
+                                      "127.0.0.1:0",
+                                      "--threads",
+                                      std::to_string(options_.threads),
+                                      "--memory",
+                                      "1GiB"};
+  if (options_.unix_sockets) {
+    command.insert(command.end(), {"--unix-socket", folder_ + "/" + name + ".sock"});
+  }
+  workers_[index] = Process(command, folder_ + "/" + name + ".log");
+}
+
+bool Cluster::WaitReady(int seconds) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
+  auto admin = Admin();
+  while (std::chrono::steady_clock::now() < end) {
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(2));
+    v1::GetClusterResponse response;
+    if (admin->GetCluster(&context, {}, &response).ok() &&
+        response.state() == v1::MODEL_STATE_SERVING) {
+      return true;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  return false;
+}
+
+std::string Cluster::Logs() const {
+  std::string all;
+  for (const auto& entry : fs::directory_iterator(folder_)) {
+    if (entry.path().extension() != ".log") continue;
+    all += "--- " + entry.path().filename().string() + "\n" + LastLines(entry.path(), 3000);
+  }
+  return all;
+}
+
+std::shared_ptr<grpc::Channel> Cluster::PublicChannel() const {
+  grpc::ChannelArguments arguments;  // A connection of its own; reconnects at once after a restart.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
+  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 200);
+  return grpc::CreateCustomChannel(public_address_, grpc::InsecureChannelCredentials(), arguments);
+}
+
+std::unique_ptr<v1::GenerationService::Stub> Cluster::Generation() const {
+  return v1::GenerationService::NewStub(PublicChannel());
+}
+
+std::unique_ptr<v1::ModelService::Stub> Cluster::Model() const {
+  return v1::ModelService::NewStub(PublicChannel());
+}
+
+std::unique_ptr<v1::AdminService::Stub> Cluster::Admin() const {
+  return v1::AdminService::NewStub(
+      grpc::CreateChannel(admin_address_, grpc::InsecureChannelCredentials()));
+}
+
+Answer Cluster::Stream(const v1::StreamGenerateRequest& request, int deadline_seconds) const {
+  auto stub = Generation();
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(deadline_seconds));
+  auto reader = stub->StreamGenerate(&context, request);
+  Answer answer;
+  v1::StreamGenerateResponse message;
+  while (reader->Read(&message)) {
+    answer.dense &= message.token_ids().empty() || message.token_index() == answer.ids.size();
+    answer.ids.insert(answer.ids.end(), message.token_ids().begin(), message.token_ids().end());
+    answer.text += message.text();
+    for (const auto& position : message.logprobs()) {
+      answer.logprobs.push_back(position.chosen().logprob());
+    }
+    if (message.finish_reason() != v1::FINISH_REASON_UNSPECIFIED) {
+      answer.finish_reason = message.finish_reason();
+    }
+  }
+  answer.status = reader->Finish();
+  return answer;
+}
+
+v1::StreamGenerateRequest GreedyRequest(const std::vector<uint32_t>& prompt, uint32_t max_tokens) {
+  v1::StreamGenerateRequest request;
+  request.mutable_token_ids()->mutable_ids()->Assign(prompt.begin(), prompt.end());
+  request.set_max_tokens(max_tokens);
+  request.set_temperature(0);
+  request.set_ignore_eos(true);
+  return request;
+}
+
+std::string CheckpointPath(const std::string& name) {
+  return std::string(SLUICE_TESTDATA) + "/checkpoints/" + name;
+}
+
+Golden ReadGolden(const std::string& name) {
+  const auto json = nlohmann::json::parse(ReadFile(CheckpointPath(name) + "/golden.json"));
+  Golden golden;
+  json.at("prompt_ids").get_to(golden.prompt);
+  json.at("greedy_ids").get_to(golden.greedy);
+  json.at("gaps").get_to(golden.gaps);
+  return golden;
+}
+
+}  // namespace sluice::e2e
