@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/core/check.h"
 #include "kernels/core/status_macros.h"
@@ -47,7 +48,7 @@ CpuBackend::CpuBackend(int num_threads)
     : pool_(num_threads), matmul_scratch_(num_threads), sampling_(num_threads) {}
 
 std::string CpuBackend::Name() const {
-  return absl::StrCat("cpu (", SimdTargetName(), ", ", pool_.num_threads(),
+  return absl::StrCat("cpu (", absl::AsciiStrToLower(SimdTargetName()), ", ", pool_.num_threads(),
                       pool_.num_threads() == 1 ? " thread)" : " threads)");
 }
 

@@ -64,7 +64,7 @@ constexpr int64_t PaddedStride(int64_t k) { return (k + 15) / 16 * 16 + 16; }
 void MatMul(const CpuPackedMatrix& w, const FloatRows& x, const MatMulOutput& out,
             MatMulScratch& scratch, ThreadPool& pool);
 
-// The target that was picked: "avx3", "avx2", "ssse3".
+// The target that was picked: "AVX3", "AVX2", "SSSE3".
 const char* SimdTargetName();
 
 }  // namespace sluice
