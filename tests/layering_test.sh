@@ -29,7 +29,7 @@ worker               | proto services/rpc worker/engine kernels/core kernels/qua
 tests/kernels/cpu    | tests/support kernels/core kernels/quant kernels/sampling kernels/backend kernels/cpu
 tests/kernels/cuda   | tests/support kernels/core kernels/quant kernels/sampling kernels/backend kernels/cuda
 tests/kernels        | tests/support kernels
-tests/worker         | tests/support proto services/rpc worker kernels
+tests/worker         | tests/support proto services/rpc services/checkpoint worker kernels
 tests/services       | tests/support proto services kernels/core kernels/quant
 tests/support        | proto services worker kernels
 tests/e2e            | tests/support proto services/rpc
