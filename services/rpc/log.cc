@@ -1,5 +1,7 @@
 #include "services/rpc/log.h"
 
+#include <grpc/support/log.h>
+#include <grpcpp/version_info.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 
@@ -103,6 +105,19 @@ void Write(spdlog::level::level_enum level, const char* name, const char* event,
   }
 }
 
+// gRPC's own messages become lines of ours, so that stderr holds nothing but JSON.
+void TakeGrpcLog() {
+#if GRPC_CPP_VERSION_MAJOR == 1 && GRPC_CPP_VERSION_MINOR < 65  // Newer ones log through Abseil
+  gpr_set_log_function([](gpr_log_func_args* args) {
+    if (args->severity == GPR_LOG_SEVERITY_ERROR) {
+      LogWarning("grpc", {{"message", args->message}});
+    } else {
+      LogDebug("grpc", {{"message", args->message}});
+    }
+  });
+#endif
+}
+
 }  // namespace
 
 LogField::LogField(const char* key, double value) : key_(key), json_("null") {
@@ -137,6 +152,7 @@ absl::Status InitLog(const std::string& program, const std::string& level) {
                                       "\" is none of debug, info, warning, error");
   }
   Program() = program;
+  TakeGrpcLog();
   Logger().set_level(parsed);
   return absl::OkStatus();
 }
