@@ -165,19 +165,21 @@ SmallModel MakeOpt350m(uint32_t seed) {
   return model;
 }
 
+bool IsPartOf(const std::string& name, const ShardAssignment& assignment) {
+  if (absl::StartsWith(name, "layers.")) {
+    const auto number = static_cast<uint32_t>(std::stoi(name.substr(7)));
+    return number >= assignment.layers().begin() && number < assignment.layers().end();
+  }
+  if (absl::StartsWith(name, "embed_") || absl::StartsWith(name, "project_in")) {
+    return assignment.has_embedding();
+  }
+  return assignment.has_head();
+}
+
 std::vector<std::string> SmallModel::NamesFor(const ShardAssignment& assignment) const {
   std::vector<std::string> names;
   for (const auto& [name, tensor] : tensors) {
-    bool wanted = false;
-    if (absl::StartsWith(name, "layers.")) {
-      const auto number = static_cast<uint32_t>(std::stoi(name.substr(7)));
-      wanted = number >= assignment.layers().begin() && number < assignment.layers().end();
-    } else if (absl::StartsWith(name, "embed_") || absl::StartsWith(name, "project_in")) {
-      wanted = assignment.has_embedding();
-    } else {
-      wanted = assignment.has_head();
-    }
-    if (wanted) names.push_back(name);
+    if (IsPartOf(name, assignment)) names.push_back(name);
   }
   return names;
 }
@@ -192,13 +194,13 @@ QuantizedMatrix ToMatrix(const SmallTensor& tensor) {
   return matrix;
 }
 
-ShardAssignment MakeAssignment(const SmallModel& model, uint32_t stage, uint32_t stages) {
+ShardAssignment MakeAssignment(const ModelConfig& config, uint32_t stage, uint32_t stages) {
   ShardAssignment assignment;
-  *assignment.mutable_config() = model.config;
+  *assignment.mutable_config() = config;
   assignment.set_model_digest("digest");
   assignment.set_stage(stage);
   assignment.set_stages(stages);
-  const uint32_t num_layers = model.config.num_layers();
+  const uint32_t num_layers = config.num_layers();
   assignment.mutable_layers()->set_begin(num_layers * stage / stages);
   assignment.mutable_layers()->set_end(num_layers * (stage + 1) / stages);
   assignment.set_has_embedding(stage == 0);

@@ -42,8 +42,15 @@ SmallModel MakeOpt350m(uint32_t seed);
 // As kPlain float32.
 QuantizedMatrix ToMatrix(const SmallTensor& tensor);
 
+// Whether the loader sends the canonical tensor `name` for this assignment.
+bool IsPartOf(const std::string& name, const internal::v1::ShardAssignment& assignment);
+
 // Stage `stage` of `stages`: the layers divided as evenly as they go.
-internal::v1::ShardAssignment MakeAssignment(const SmallModel& model, uint32_t stage,
-                                             uint32_t stages);
+internal::v1::ShardAssignment MakeAssignment(const internal::v1::ModelConfig& config,
+                                             uint32_t stage, uint32_t stages);
+inline internal::v1::ShardAssignment MakeAssignment(const SmallModel& model, uint32_t stage,
+                                                    uint32_t stages) {
+  return MakeAssignment(model.config, stage, stages);
+}
 
 }  // namespace sluice::worker

@@ -43,20 +43,32 @@ TestSequence MakeSequence(uint64_t seq_id, const std::vector<uint32_t>& prompt) 
   return sequence;
 }
 
+TestPipeline::TestPipeline(const std::vector<ShardAssignment>& assignments, const Load& load)
+    : outputs_(assignments.size()) {
+  for (const ShardAssignment& assignment : assignments) AddStage(assignment, load);
+}
+
 TestPipeline::TestPipeline(const SmallModel& model, uint32_t stages, const Change& change)
     : outputs_(stages) {
   for (uint32_t stage = 0; stage < stages; ++stage) {
     ShardAssignment assignment = MakeAssignment(model, stage, stages);
     if (change) change(&assignment);
-    auto backend = MakeCpuBackend(/*num_threads=*/1 + static_cast<int>(stage % 2));
-    SLUICE_CHECK(backend.ok()) << backend.status();
-    backends_.push_back(*std::move(backend));
-    engines_.push_back(LoadStage(model, assignment, backends_.back().get()));
-    block_size_ = assignment.block_size();
-    free_blocks_.resize(assignment.num_blocks());
+    AddStage(assignment, [&model](const ShardAssignment& wanted, Backend* backend) {
+      return LoadStage(model, wanted, backend);
+    });
   }
+}
+
+void TestPipeline::AddStage(const ShardAssignment& assignment, const Load& load) {
+  const int num_threads = 1 + static_cast<int>(engines_.size() % 2);  // They must change no bit
+  auto backend = MakeCpuBackend(num_threads);
+  SLUICE_CHECK(backend.ok()) << backend.status();
+  backends_.push_back(*std::move(backend));
+  engines_.push_back(load(assignment, backends_.back().get()));
+  block_size_ = assignment.block_size();
+  free_blocks_.resize(assignment.num_blocks());
   for (uint32_t i = 0; i < free_blocks_.size(); ++i) free_blocks_[i] = i;
-  std::shuffle(free_blocks_.begin(), free_blocks_.end(), std::mt19937(stages));
+  std::shuffle(free_blocks_.begin(), free_blocks_.end(), std::mt19937(assignment.stages()));
 }
 
 SequenceSlice TestPipeline::NextSlice(TestSequence* sequence, uint32_t num_tokens, bool sample,

@@ -40,6 +40,11 @@ class TestPipeline {
  public:
   using Change = std::function<void(internal::v1::ShardAssignment*)>;
 
+  using Load =
+      std::function<std::unique_ptr<StageEngine>(const internal::v1::ShardAssignment&, Backend*)>;
+
+  // One stage an assignment, first to last.
+  TestPipeline(const std::vector<internal::v1::ShardAssignment>& assignments, const Load& load);
   // `change` may alter each stage's assignment before it is loaded.
   TestPipeline(const SmallModel& model, uint32_t stages, const Change& change = nullptr);
 
@@ -65,6 +70,8 @@ class TestPipeline {
   uint64_t last_step() const { return last_step_; }
 
  private:
+  void AddStage(const internal::v1::ShardAssignment& assignment, const Load& load);
+
   std::vector<std::unique_ptr<Backend>> backends_;
   std::vector<std::unique_ptr<StageEngine>> engines_;
   std::vector<StageEngine::StepOutput> outputs_;
