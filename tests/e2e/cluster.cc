@@ -23,13 +23,13 @@ std::string ReadFile(const std::string& path) {
   return content.str();
 }
 
-// Content of a JSON file that a process is about to write; empty object after 30 s.
-nlohmann::json WaitForJson(const std::string& path) {
+// Content of a file that a process writes once it listens; empty after 30 s.
+std::string WaitForFile(const std::string& path) {
   for (int i = 0; i < 6000; ++i) {
-    if (fs::exists(path)) return nlohmann::json::parse(ReadFile(path), nullptr, false);
+    if (const std::string content = ReadFile(path); content.ends_with("\n")) return content;
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
-  return nlohmann::json::object();
+  return "";
 }
 
 std::string LastLines(const std::string& path, size_t bytes) {
@@ -62,7 +62,8 @@ void Cluster::StartLoader() {
   loader_ = Process({Program("sluice-loader"), "--model", options_.model, "--listen", listen,
                      "--address-file", file},
                     folder_ + "/loader.log");
-  loader_address_ = WaitForJson(file).value("address", "");
+  loader_address_ = WaitForFile(file);
+  loader_address_.erase(loader_address_.find_last_not_of("\n") + 1);
 }
 
 void Cluster::StartController() {
@@ -86,7 +87,9 @@ void Cluster::StartController() {
                                       std::to_string(options_.workers)};
   command.insert(command.end(), options_.controller_flags.begin(), options_.controller_flags.end());
   controller_ = Process(command, folder_ + "/controller.log");
-  const nlohmann::json addresses = WaitForJson(file);
+  const nlohmann::json addresses =
+      nlohmann::json::parse(WaitForFile(file), nullptr, /*allow_exceptions=*/false);
+  if (!addresses.is_object()) return;  // It did not start: WaitReady() tells.
   public_address_ = addresses.value("public", "");
   internal_address_ = addresses.value("internal", "");
   admin_address_ = addresses.value("admin", "");

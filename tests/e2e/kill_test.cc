@@ -102,14 +102,15 @@ TEST_P(KillTest, DeathWhileLoadingIsSurvived) {
               ::testing::ElementsAreArray(golden.greedy.begin(), golden.greedy.begin() + 8));
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Victims, KillTest,
-    ::testing::Values(Victim::kLoader, Victim::kController, Victim::kFirstWorker,
-                      Victim::kLastWorker),
-    [](const auto& info) {
-      const char* names[] = {"Loader", "Controller", "FirstWorker", "LastWorker"};
-      return names[static_cast<int>(info.param)];
-    });
+std::string VictimName(const ::testing::TestParamInfo<Victim>& info) {
+  constexpr const char* kNames[] = {"Loader", "Controller", "FirstWorker", "LastWorker"};
+  return kNames[static_cast<int>(info.param)];
+}
+
+INSTANTIATE_TEST_SUITE_P(Victims, KillTest,
+                         ::testing::Values(Victim::kLoader, Victim::kController,
+                                           Victim::kFirstWorker, Victim::kLastWorker),
+                         VictimName);
 
 // A stopped worker (SIGSTOP) is no dead process: its silence must be noticed all the same.
 TEST(HungWorkerTest, ClientsOfASilentWorkerEndWithUnavailable) {
