@@ -167,11 +167,12 @@ impl Model {
         let mut placeholders = Placeholders::default();
         let hidden: Vec<Message> = messages
             .iter()
-            .map(|m| Message {
-                role: self.protector.hide(&m.role, &mut placeholders),
-                content: self.protector.hide(&m.content, &mut placeholders),
+            .map(|m| {
+                let role = self.protector.hide(&m.role, &mut placeholders)?;
+                let content = self.protector.hide(&m.content, &mut placeholders)?;
+                Ok(Message { role, content })
             })
-            .collect();
+            .collect::<Result<_>>()?;
         Ok(placeholders.restore(&template.render(&hidden, add_generation_prompt)?))
     }
 }

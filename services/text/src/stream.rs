@@ -26,7 +26,7 @@ pub enum DecodePlan {
 impl DecodePlan {
     /// `decoder` as in tokenizer.json, already checked.
     pub fn from_decoder(decoder: &Value) -> Self {
-        let known = ["ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip"];
+        let known = ["Sequence", "ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip"];
         match pattern_check::flatten("", "decoder", "decoders", decoder, &known) {
             Ok(steps) if !steps.is_empty() => Self::from_steps(&steps).unwrap_or(Self::Window),
             _ => Self::Window,
@@ -184,11 +184,19 @@ impl Stream {
         if hold_incomplete && text.ends_with(REPLACEMENT) {
             return Ok(());
         }
-        out.push_str(text.strip_prefix(shown.as_str()).unwrap_or(""));
+        out.push_str(
+            text.strip_prefix(shown.as_str()).unwrap_or_else(|| after_common(&shown, &text)),
+        );
         self.window.drain(..self.read_offset);
         self.read_offset = self.window.len();
         Ok(())
     }
+}
+
+/// What `text` adds to `shown` when it does not simply continue it: all after their common start.
+fn after_common<'a>(shown: &str, text: &'a str) -> &'a str {
+    let common = shown.chars().zip(text.chars()).take_while(|(a, b)| a == b);
+    &text[common.map(|(a, _)| a.len_utf8()).sum()..]
 }
 
 /// "<0x0A>" -> 10
