@@ -102,8 +102,7 @@ void ExpectSpelledTokensAreText(const TokenizerFiles& files,
 }
 
 TEST(TextChatTest, SpelledControlTokensAreText) {
-  ExpectSpelledTokensAreText(ByteLevelFiles(), {"<|endoftext|>", "<|im_start|>", "<|im_end|>"},
-                             false);
+  ExpectSpelledTokensAreText(ByteLevelFiles(), {"<|endoftext|>", "<|im_start|>", "<|im_end|>"});
   ExpectSpelledTokensAreText(OptFiles(), {"</s>", "<pad>"});
   ExpectSpelledTokensAreText(SentencePieceFiles(), {"<s>", "</s>"});
   ExpectSpelledTokensAreText(GgufGpt2Files("llama-bpe"), {"<|im_start|>", "<|im_end|>"});
