@@ -52,8 +52,7 @@ constexpr int kVecs = static_cast<int>(kKeyTile) / kLanes;
 constexpr int kSumVecs = 4;                        // Vectors of an output row in registers
 constexpr int kQueryBlock = kLanes >= 16 ? 6 : 3;  // 24 sums of 32 registers, or 12 of 16
 
-// --- Scores
-// ---------------------------------------------------------------------------------------------------------
+// --- Scores ---
 
 // scores[r][position + 16 t ..] = q[r] * keys of tile t; a tile is [head_dim][stride] with 16 keys
 // of interest.
@@ -124,8 +123,7 @@ HWY_NOINLINE void ScoresThroughCopy(const QueryGroup& group, int64_t first, int6
   }
 }
 
-// --- Softmax
-// --------------------------------------------------------------------------------------------------------
+// --- Softmax ---
 
 // scores[0 .. count) become e^(scale * (score - max)); returns their sum. What lies behind is
 // ignored.
@@ -153,8 +151,7 @@ HWY_NOINLINE float Exponentials(float* scores, int64_t count, float scale) {
   return hn::GetLane(hn::SumOfLanes(df, sum));
 }
 
-// --- Weighted sum
-// ---------------------------------------------------------------------------------------------------
+// --- Weighted sum ---
 
 // out[r][i ..] += sum over keys begin .. end of weight * v, for kRows queries from `first` and
 // kCount vectors of D.
@@ -200,8 +197,7 @@ void SumRows(const QueryGroup& group, int64_t first, int64_t begin, int64_t end,
     SumValues<kRows, 1, hn::CappedTag<float, 1>>(group, first, begin, end, kv, i);
 }
 
-// --- One group
-// ------------------------------------------------------------------------------------------------------
+// --- One group ---
 
 // Queries first .. first + kRows of the group.
 template <int kRows>

@@ -52,8 +52,7 @@ std::string CpuBackend::Name() const {
                       pool_.num_threads() == 1 ? " thread)" : " threads)");
 }
 
-// --- Load
-// -------------------------------------------------------------------------------------------------------------
+// --- Load ---
 
 absl::StatusOr<std::unique_ptr<PackedMatrix>> CpuBackend::Upload(
     absl::Span<const QuantizedMatrix* const> stacked) {
@@ -101,8 +100,7 @@ absl::Status CpuBackend::Reserve(const Workspace& workspace) {
               pool_.num_threads() * AttentionScratchFloats(workspace.max_context) * kFloatBytes);
 }
 
-// --- Step
-// -------------------------------------------------------------------------------------------------------------
+// --- Step ---
 
 void CpuBackend::Embed(const PackedMatrix& table, absl::Span<const uint32_t> ids, TensorView out) {
   CheckShape(out, static_cast<int64_t>(ids.size()), table.k());

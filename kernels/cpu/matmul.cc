@@ -1,7 +1,6 @@
 #include "kernels/cpu/matmul.h"
 
 #include <algorithm>
-#include <array>
 #include <utility>
 
 #include "kernels/core/check.h"
@@ -13,15 +12,14 @@
 // clang-format off
 #include "hwy/highway.h"
 #include "kernels/cpu/activation-inl.h"
-#include "kernels/cpu/dequantize-inl.h"
+#include "kernels/cpu/matmul-inl.h"
 // clang-format on
 
 HWY_BEFORE_NAMESPACE();
 namespace sluice {
 namespace HWY_NAMESPACE {
 
-// --- Where sums go
-// --------------------------------------------------------------------------------------------------
+// --- Where sums go ---
 
 // Finishes 16 sums of row m, columns n .. n + count (count <= 16).
 HWY_INLINE void Finish(const MatMulOutput& out, const float* sums, int64_t m, int64_t n,
@@ -48,156 +46,7 @@ HWY_INLINE void Finish(const MatMulOutput& out, const float* sums, int64_t m, in
   if (!whole) std::copy_n(old, count, y);
 }
 
-// --- One row: weights go from codes to registers to the sum
-// ---------------------------------------------------------
-
-// Tiles side by side: as many chains of adds as hide the latency of one (4 cycles, 1 or 2 a cycle),
-// and few enough that codes, parameters and sums of all of them stay in registers.
-constexpr int kRowTiles = kLanes >= 16 ? 4 : 2;
-
-template <Coding kCoding>
-HWY_INLINE void AddColumn(const CodeTable& table, Decoder<kCoding> (&tiles)[kRowTiles], VF x,
-                          VF (&sums)[kRowTiles][kVecs]) {
-  for (int t = 0; t < kRowTiles; ++t) {
-    for (int v = 0; v < kVecs; ++v)
-      sums[t][v] = hn::MulAdd(tiles[t].Weights(table, v), x, sums[t][v]);
-    tiles[t].Advance();
-  }
-}
-
-// sums[t * 16 + i] = row i of tile first + t times x. A tile beyond the last is the last again.
-template <Coding kCoding>
-HWY_NOINLINE void OneRow(const PackedPart& part, int64_t first, const float* x, float* sums_out) {
-  const DF df;
-  using Tile = Decoder<kCoding>;
-  const CodeTable table(part.table.data());
-  VF sums[kRowTiles][kVecs];
-  for (auto& tile : sums) {
-    for (VF& sum : tile) sum = hn::Zero(df);
-  }
-  for (int64_t group = 0; group < part.groups; ++group) {
-    Tile tiles[kRowTiles];
-    for (int t = 0; t < kRowTiles; ++t) {
-      tiles[t].SetGroup(part, part.Block(std::min(first + t, part.tiles - 1), group));
-    }
-    const int64_t columns = part.Columns(group);
-    int64_t column = 0;
-    for (; column + Tile::kStep <= columns; column += Tile::kStep) {
-      for (auto& tile : tiles) tile.Load(column / Tile::kStep);
-      for (int j = 0; j < Tile::kStep; ++j)
-        AddColumn(table, tiles, hn::Set(df, x[column + j]), sums);
-    }
-    if (column < columns) {
-      for (auto& tile : tiles) tile.Load(column / Tile::kStep);
-      for (; column < columns; ++column) AddColumn(table, tiles, hn::Set(df, x[column]), sums);
-    }
-    x += columns;
-  }
-  for (int t = 0; t < kRowTiles; ++t) {
-    for (int v = 0; v < kVecs; ++v)
-      hn::StoreU(sums[t][v], df, sums_out + t * kTileRows + v * kLanes);
-  }
-}
-
-struct OneRowOf {
-  const PackedPart& part;
-  int64_t first;
-  const float* x;
-  float* sums;
-  template <Coding kCoding>
-  void operator()() const {
-    OneRow<kCoding>(part, first, x, sums);
-  }
-};
-
-// --- Many rows: weights become a panel of floats, read by register blocks
-// -------------------------------------------
-
-// A register block of kBlockRows x kBlockTiles tiles of sums, beside one row of the panel and one
-// input: 24 + 3 of 32 registers with AVX-512, 12 + 3 of 16 below.
-constexpr int kBlockTiles = kLanes >= 16 ? 2 : 1;
-constexpr int kBlockRows = kLanes >= 16 ? 12 : (kLanes >= 8 ? 6 : 3);
-constexpr int kBlockVecs = kBlockTiles * kVecs;
-constexpr int64_t kBlockWidth = kBlockTiles * kTileRows;
-
-// panel[(column - begin) * kBlockWidth + i] = weight of row i of the tile at `column`, begin <=
-// column < end, all in one group or over whole groups.
-template <Coding kCoding>
-HWY_NOINLINE void FillPanel(const PackedPart& part, int64_t tile, int64_t begin, int64_t end,
-                            float* panel) {
-  const DF df;
-  const CodeTable table(part.table.data());
-  Decoder<kCoding> decoder;
-  constexpr int kStep = Decoder<kCoding>::kStep;
-  for (int64_t group = begin / part.group_size; begin < end; ++group) {
-    const int64_t group_begin = group * part.group_size;
-    const int64_t group_end = std::min(end, group_begin + part.Columns(group));
-    decoder.SetGroup(part, part.Block(tile, group));
-    for (; begin < group_end; begin += kStep) {
-      decoder.Load((begin - group_begin) / kStep);
-      const int count = static_cast<int>(std::min<int64_t>(kStep, group_end - begin));
-      for (int j = 0; j < count; ++j) {
-        for (int v = 0; v < kVecs; ++v)
-          hn::StoreU(decoder.Weights(table, v), df, panel + v * kLanes);
-        decoder.Advance();
-        panel += kBlockWidth;
-      }
-    }
-    begin = group_end;
-  }
-}
-
-struct FillPanelOf {
-  const PackedPart& part;
-  int64_t tile, begin, end;
-  float* panel;
-  template <Coding kCoding>
-  void operator()() const {
-    FillPanel<kCoding>(part, tile, begin, end, panel);
-  }
-};
-
-// sums[r][:] (+)= sum over `columns` of x[r][column] * panel[column][:]; starts from 0 when
-// `first`.
-template <int kRows>
-HWY_NOINLINE void Block(const FloatRows& x, const float* panel, int64_t columns, bool first,
-                        float* sums) {
-  const DF df;
-  VF acc[kRows][kBlockVecs];
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kBlockVecs; ++v) {
-      acc[r][v] = first ? hn::Zero(df) : hn::LoadU(df, sums + r * kBlockWidth + v * kLanes);
-    }
-  }
-  for (int64_t column = 0; column < columns; ++column) {
-    VF w[kBlockVecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < kBlockVecs; ++v)
-      w[v] = hn::LoadU(df, panel + column * kBlockWidth + v * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      const VF input = hn::Set(df, x.data[r * x.stride + column]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kBlockVecs; ++v) acc[r][v] = hn::MulAdd(w[v], input, acc[r][v]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kBlockVecs; ++v)
-      hn::StoreU(acc[r][v], df, sums + r * kBlockWidth + v * kLanes);
-  }
-}
-
-using BlockFunction = void (*)(const FloatRows&, const float*, int64_t, bool, float*);
-template <int... kRows>
-constexpr std::array<BlockFunction, sizeof...(kRows)> BlockTable(
-    std::integer_sequence<int, kRows...>) {
-  return {&Block<kRows + 1>...};
-}
-constexpr auto kBlocks = BlockTable(std::make_integer_sequence<int, kBlockRows>());
+// --- Many rows ---
 
 // End of the panel that begins at column k: at a group's end, or a multiple of 8 within a long
 // group.
@@ -250,8 +99,7 @@ void ManyRows(const Piece& piece, const FloatRows& x, const MatMulOutput& out, f
   }
 }
 
-// --- The whole product
-// ----------------------------------------------------------------------------------------------
+// --- The whole product ---
 
 // Parts that read the same input.
 using Run = absl::Span<const PackedPart>;
@@ -274,20 +122,27 @@ int64_t CountUnits(Run run, int64_t tiles) {
   return units;
 }
 
-void MatVec(Run run, const float* x, const MatMulOutput& out, ThreadPool& pool) {
-  pool.ParallelFor(CountUnits(run, kRowTiles), [&](int64_t unit, int) {
-    const auto [part, first] = UnitAt(run, unit, kRowTiles);
-    HWY_ALIGN float sums[kRowTiles * kTileRows];
-    WithCoding(*part, OneRowOf{*part, first, x, sums});
-    for (int64_t t = 0; t < kRowTiles && first + t < part->tiles; ++t) {
-      const int64_t n = (first + t) * kTileRows;
-      Finish(out, sums + t * kTileRows, 0, part->n_begin + n, std::min(kTileRows, part->n - n));
+// x: [k][rows] with rows one of 1, 2, 4, 8, of which the first `count` are real.
+void MultiplyFew(Run run, const float* x, int rows, int64_t count, const MatMulOutput& out,
+                 ThreadPool& pool) {
+  const int64_t tiles = TilesFor(rows);
+  pool.ParallelFor(CountUnits(run, tiles), [&](int64_t unit, int) {
+    const auto [part, first] = UnitAt(run, unit, tiles);
+    HWY_ALIGN float sums[kMaxFewRows * TilesFor(kMaxFewRows) * kTileRows];
+    static_assert(sizeof(sums) >= sizeof(float) * TilesFor(1) * kTileRows);
+    WithCoding(*part, FewRowsOf{*part, first, rows, x, sums});
+    for (int64_t m = 0; m < count; ++m) {
+      for (int64_t t = 0; t < tiles && first + t < part->tiles; ++t) {
+        const int64_t n = (first + t) * kTileRows;
+        Finish(out, sums + (m * tiles + t) * kTileRows, m, part->n_begin + n,
+               std::min(kTileRows, part->n - n));
+      }
     }
   });
 }
 
-void MatMat(Run run, const FloatRows& x, const MatMulOutput& out, MatMulScratch& scratch,
-            ThreadPool& pool) {
+void MultiplyMany(Run run, const FloatRows& x, const MatMulOutput& out, MatMulScratch& scratch,
+                  ThreadPool& pool) {
   const int64_t units = CountUnits(run, kBlockTiles);
   // Rows are cut when they exceed the scratch, or when there are too few units to keep all threads
   // busy to the end.
@@ -309,10 +164,41 @@ void MatMat(Run run, const FloatRows& x, const MatMulOutput& out, MatMulScratch&
   });
 }
 
+// Transposes x, in the order of the part's columns, to [k][rows]; rows beyond the last repeat it.
+const float* GatherFew(const PackedPart& part, const FloatRows& x, int rows,
+                       MatMulScratch& scratch) {
+  if (rows == 1 && part.perm == nullptr) return x.data;
+  float* to = scratch.gathered(rows, part.k);
+  for (int r = 0; r < rows; ++r) {
+    const float* from = x.data + std::min<int64_t>(r, x.rows - 1) * x.stride;
+    for (int64_t i = 0; i < part.k; ++i)
+      to[i * rows + r] = from[part.perm == nullptr ? i : part.perm[i]];
+  }
+  return to;
+}
+
+// x in the order of the part's columns, in rows that do not fall on each other in the first-level
+// cache.
+FloatRows GatherMany(const PackedPart& part, const FloatRows& x, MatMulScratch& scratch,
+                     ThreadPool& pool) {
+  constexpr int64_t kPageFloats = 1024;
+  if (part.perm == nullptr && x.stride % kPageFloats != 0) return x;
+  const int64_t stride = PaddedStride(part.k);
+  float* to = scratch.gathered(x.rows, stride);
+  pool.ParallelFor(x.rows, [&](int64_t m, int) {
+    const float* from = x.data + m * x.stride;
+    float* row = to + m * stride;
+    for (int64_t i = 0; i < part.k; ++i) row[i] = from[part.perm == nullptr ? i : part.perm[i]];
+  });
+  return {to, x.rows, stride};
+}
+
 void RunParts(Run run, const FloatRows& x, const MatMulOutput& out, MatMulScratch& scratch,
               ThreadPool& pool) {
-  if (x.rows == 1) return MatVec(run, x.data, out, pool);
-  MatMat(run, x, out, scratch, pool);
+  if (x.rows > kMaxFewRows)
+    return MultiplyMany(run, GatherMany(run[0], x, scratch, pool), out, scratch, pool);
+  const int rows = RoundUpRows(x.rows);
+  MultiplyFew(run, GatherFew(run[0], x, rows, scratch), rows, x.rows, out, pool);
 }
 
 const char* TargetName() { return hwy::TargetName(HWY_TARGET); }
@@ -328,31 +214,15 @@ namespace {
 HWY_EXPORT(RunParts);
 HWY_EXPORT(TargetName);
 
-// The input in the order of the part's columns, in rows that do not fall on each other in the
-// first-level cache.
-FloatRows Gather(const PackedPart& part, const FloatRows& x, MatMulScratch& scratch,
-                 ThreadPool& pool) {
-  const int64_t stride = PaddedStride(part.k);
-  float* to = scratch.gathered(x.rows, stride);
-  pool.ParallelFor(x.rows, [&](int64_t m, int) {
-    const float* from = x.data + m * x.stride;
-    float* row = to + m * stride;
-    if (part.perm == nullptr) {
-      std::copy_n(from, part.k, row);
-    } else {
-      for (int64_t i = 0; i < part.k; ++i) row[i] = from[part.perm[i]];
-    }
-  });
-  return {to, x.rows, stride};
-}
-
 }  // namespace
 
 MatMulScratch::MatMulScratch(int num_threads)
     : memory_(static_cast<size_t>(num_threads) * kThreadFloats * sizeof(float)) {}
 
 absl::Status MatMulScratch::ReserveGathered(int64_t max_rows, int64_t max_k) {
-  const int64_t bytes = max_rows * PaddedStride(max_k) * static_cast<int64_t>(sizeof(float));
+  constexpr int64_t kMaxRepeated = 8;  // Few rows are filled up to this number
+  const int64_t rows = std::max(max_rows, kMaxRepeated);
+  const int64_t bytes = rows * PaddedStride(max_k) * static_cast<int64_t>(sizeof(float));
   if (bytes <= gathered_.bytes()) return absl::OkStatus();
   SLUICE_ASSIGN_OR_RETURN(gathered_, HostMemory::Allocate(bytes));
   return absl::OkStatus();
@@ -370,10 +240,7 @@ void MatMul(const CpuPackedMatrix& w, const FloatRows& x, const MatMulOutput& ou
   const absl::Span<const PackedPart> parts = w.parts();
   for (size_t begin = 0, end = 0; begin < parts.size(); begin = end) {
     for (end = begin + 1; end < parts.size() && parts[end].perm == parts[begin].perm;) ++end;
-    constexpr int64_t kPageFloats = 1024;
-    const bool gather = parts[begin].perm != nullptr || (x.rows > 1 && x.stride % kPageFloats == 0);
-    const FloatRows input = gather ? Gather(parts[begin], x, scratch, pool) : x;
-    HWY_DYNAMIC_DISPATCH(RunParts)(parts.subspan(begin, end - begin), input, out, scratch, pool);
+    HWY_DYNAMIC_DISPATCH(RunParts)(parts.subspan(begin, end - begin), x, out, scratch, pool);
   }
 }
 
