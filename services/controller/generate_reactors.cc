@@ -1,0 +1,143 @@
+#include "services/controller/generate_reactors.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "services/controller/answer.h"
+#include "services/rpc/error_details.h"
+#include "services/rpc/grpc_status.h"
+
+namespace sluice::controller {
+
+grpc::Status FinishStatus(grpc::CallbackServerContext* context, const absl::Status& status) {
+  if (const auto retry = rpc::GetDetail<google::rpc::RetryInfo>(status); retry.has_value()) {
+    const int64_t ms =
+        retry->retry_delay().seconds() * 1000 + retry->retry_delay().nanos() / 1000000;
+    context->AddTrailingMetadata("grpc-retry-pushback-ms", absl::StrCat(ms));
+  }
+  return rpc::ToGrpcStatus(status);
+}
+
+UnaryReactor::UnaryReactor(grpc::CallbackServerContext* context, const std::string& model,
+                           uint32_t n, v1::GenerateResponse* response)
+    : context_(context), response_(response), answers_(n) {
+  response_->set_model(model);
+}
+
+void UnaryReactor::OnMessage(v1::StreamGenerateResponse&& message) {
+  response_->set_request_id(message.request_id());
+  MergeMessage(std::move(message), &answers_[message.index()]);
+}
+
+void UnaryReactor::OnEnd(const absl::Status& status) {
+  if (status.ok()) {
+    FillResponse();
+  }
+  Finish(FinishStatus(context_, status));
+}
+
+void UnaryReactor::FillResponse() {
+  v1::Usage* usage = response_->mutable_usage();
+  for (uint32_t i = 0; i < answers_.size(); ++i) {
+    v1::StreamGenerateResponse& answer = answers_[i];
+    v1::Choice* choice = response_->add_choices();
+    choice->set_index(i);
+    choice->mutable_text()->swap(*answer.mutable_text());
+    choice->mutable_token_ids()->Swap(answer.mutable_token_ids());
+    choice->mutable_logprobs()->Swap(answer.mutable_logprobs());
+    choice->set_finish_reason(answer.finish_reason());
+    if (answer.has_matched_stop()) {
+      choice->mutable_matched_stop()->Swap(answer.mutable_matched_stop());
+    }
+    usage->set_prompt_tokens(answer.usage().prompt_tokens());
+    usage->set_completion_tokens(usage->completion_tokens() + answer.usage().completion_tokens());
+    if (!response_->has_timing() || answer.timing().decode_us() > response_->timing().decode_us()) {
+      *response_->mutable_timing() = answer.timing();
+    }
+  }
+  response_->mutable_prompt_token_ids()->Swap(answers_[0].mutable_prompt_token_ids());
+  response_->mutable_prompt_logprobs()->Swap(answers_[0].mutable_prompt_logprobs());
+}
+
+StreamReactor::StreamReactor(grpc::CallbackServerContext* context,
+                             std::function<void(StreamReactor*)> on_gone)
+    : context_(context), on_gone_(std::move(on_gone)) {}
+
+void StreamReactor::OnMessage(v1::StreamGenerateResponse&& message) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto same = std::find_if(pending_.begin(), pending_.end(), [&](const auto& waiting) {
+      return waiting.index() == message.index();
+    });
+    if (same != pending_.end()) {
+      MergeMessage(std::move(message), &*same);
+    } else {
+      pending_.push_back(std::move(message));
+    }
+    if (!TakeNext()) {
+      return;
+    }
+  }
+  StartWrite(&current_);
+}
+
+void StreamReactor::OnWriteDone(bool ok) {
+  bool write = false;
+  std::optional<absl::Status> finish;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    writing_ = false;
+    broken_ = broken_ || !ok;
+    write = TakeNext();
+    if (!write && status_.has_value() && !finished_) {
+      finished_ = true;
+      finish = status_;
+    }
+  }
+  if (write) {
+    StartWrite(&current_);
+  } else if (finish.has_value()) {
+    Finish(FinishStatus(context_, *finish));
+  }
+}
+
+void StreamReactor::OnEnd(const absl::Status& status) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    status_ = status;
+    if (!status.ok()) {
+      pending_.clear();  // An error is not delayed by what would not be a whole answer anyway
+    }
+    if (writing_) {
+      return;
+    }
+    finished_ = true;
+  }
+  Finish(FinishStatus(context_, status));
+}
+
+bool StreamReactor::TakeNext() {
+  if (writing_ || broken_ || pending_.empty()) {
+    return false;
+  }
+  current_ = std::move(pending_.front());
+  pending_.erase(pending_.begin());
+  writing_ = true;
+  write_began_ = std::chrono::steady_clock::now();
+  return true;
+}
+
+void StreamReactor::OnDone() {
+  on_gone_(this);
+  delete this;
+}
+
+void StreamReactor::CancelIfStalled(TimePoint before) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (writing_ && write_began_ < before) {
+    context_->TryCancel();
+  }
+}
+
+}  // namespace sluice::controller
