@@ -50,7 +50,7 @@ absl::Status Coordinator::OnHello(TimePoint now, uint64_t attachment,
                                    {"device", hello.device_name()},
                                    {"memory_bytes", hello.memory_bytes()},
                                    {"workers", registry_.size()}});
-  TryPlan(now);
+  OnWorkersChanged(now);
   return absl::OkStatus();
 }
 
@@ -126,7 +126,7 @@ void Coordinator::OnDetached(TimePoint now, uint64_t attachment) {
   if (in_plan) {
     Lose(now, absl::StrCat("worker ", id, " was lost"), /*wait=*/false);
   }
-  TryPlan(now);
+  OnWorkersChanged(now);
 }
 
 void Coordinator::OnPipelineOpen(uint64_t epoch) {
@@ -232,6 +232,13 @@ bool Coordinator::AllAttached() const {
                      });
 }
 
+void Coordinator::OnWorkersChanged(TimePoint now) {
+  if (std::exchange(did_not_fit_, false)) {
+    plan_after_ = now;
+  }
+  TryPlan(now);
+}
+
 void Coordinator::TryPlan(TimePoint now) {
   if (state_ != State::kWaiting || now < plan_after_ || model_ == nullptr) {
     return;
@@ -249,6 +256,7 @@ void Coordinator::TryPlan(TimePoint now) {
     reason_ =
         plan.ok() ? "no pipeline can follow the device map" : std::string(plan.status().message());
     plan_after_ = now + kLongestWait;
+    did_not_fit_ = true;
     rpc::LogError("plan_failed", {{"reason", reason_}});
     return;
   }

@@ -86,6 +86,7 @@ class Coordinator {
 
  private:
   bool AllAttached() const;
+  void OnWorkersChanged(TimePoint now);
   void TryPlan(TimePoint now);
   void SendConfigure();
   internal::v1::ShardAssignment Assignment(size_t stage) const;
@@ -105,6 +106,7 @@ class Coordinator {
   std::optional<plan::DeviceMapPlan> plan_;
   TimePoint plan_after_{};  // Not before: a plan that faults at once must not spin
   std::chrono::milliseconds wait_{0};
+  bool did_not_fit_ = false;  // The last plan was refused: other workers may change that at once
 };
 
 }  // namespace sluice::controller

@@ -25,13 +25,14 @@ class FakeStage {
 
   explicit FakeStage(const Limits& limits) : limits_(limits) {}
 
-  // The token that follows `history` in choice `choice`: 0 .. vocab_size - 1.
+  // The token that follows `history` in choice `choice`: 3 .. kVocabSize - 1 (below 3 are control
+  // tokens).
   static uint32_t NextToken(const std::vector<uint32_t>& history, uint32_t choice) {
     uint64_t hash = 1469598103934665603ull + choice;
     for (const uint32_t id : history) {
       hash = (hash ^ id) * 1099511628211ull;
     }
-    return static_cast<uint32_t>((hash >> 33) % kVocabSize);
+    return 3 + static_cast<uint32_t>((hash >> 33) % (kVocabSize - 3));
   }
 
   // Runs a step. `errors` collects broken rules.
