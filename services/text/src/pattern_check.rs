@@ -74,7 +74,7 @@ pub fn check_post_processor(source: &str, part: &Value, max_id: u32) -> Result<(
         match value {
             Value::Array(items) => stack.extend(items),
             Value::Object(members) => stack.extend(members.values()),
-            Value::Number(n) if !n.as_u64().is_some_and(|n| n <= u64::from(max_id)) => {
+            Value::Number(n) if n.as_u64().is_none_or(|n| n > u64::from(max_id)) => {
                 return Err(invalid(format!(
                     "{source}: post_processor holds {n}, which is no id of the vocabulary"
                 )));

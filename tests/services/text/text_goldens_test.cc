@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -121,7 +122,17 @@ TEST(TextGoldensTest, SmolLm2) {
   EXPECT_EQ(tokenizer->Encode("The capital of France is", true).value(), want);
 }
 
-// The order in which merges is written ("a b" or ["a", "b"]) does not matter, and both load.
+TEST(TextGoldensTest, ThreadsShareATokenizer) {
+  const auto tokenizer = LoadOrDie(SentencePieceFiles());
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&tokenizer] { ExpectSameText(*tokenizer, "sentencepiece"); });
+    threads.emplace_back([&tokenizer] { ExpectSameIds(*tokenizer, "sentencepiece"); });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Merges are written as "a b" or as ["a", "b"].
 TEST(TextGoldensTest, BothFormsOfMergesLoad) {
   TokenizerFiles files = SentencePieceFiles();
   auto json = nlohmann::json::parse(files["tokenizer.json"]);
