@@ -1,4 +1,5 @@
-//! The functions of ../text_abi.h, which documents them. All unsafe code of the crate is here: it turns C arguments into
+//! The functions of ../text_abi.h, which documents them. All unsafe code of the crate is here: it
+//! turns C arguments into
 //! slices and results into buffers, and keeps panics on this side.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -120,7 +121,8 @@ pub unsafe extern "C" fn sluice_text_load(
     })
 }
 
-/// A caught panic is reported as a status; it must not also write to standard error, where only log lines belong.
+/// A caught panic is reported as a status; it must not also write to standard error, where only log
+/// lines belong.
 fn silence_panics() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| std::panic::set_hook(Box::new(|_| {})));
@@ -235,7 +237,8 @@ pub unsafe extern "C" fn sluice_text_new_stream(
     Box::into_raw(Box::new(Stream::new((*model).0.clone(), skip_special_tokens != 0)))
 }
 
-/// Text of a stream step; what a step made before it failed is kept, and a failure itself has no text.
+/// Text of a stream step; what a step made before it failed is kept, and a failure itself has no
+/// text.
 unsafe fn stream_text(step: impl FnOnce(&mut String) -> Result<()>) -> Owned<u8> {
     let mut text = String::new();
     let _ = catch_unwind(AssertUnwindSafe(|| step(&mut text)));

@@ -1,4 +1,5 @@
-//! Renders a model's chat template with `minijinja`: no file access, no host objects; instructions, recursion and output are
+//! Renders a model's chat template with `minijinja`: no file access, no host objects; instructions,
+//! recursion and output are
 //! capped (F22). Settings and extra functions are those of transformers' apply_chat_template.
 
 use std::io;
@@ -36,7 +37,8 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Compiles `source`; what the template language of transformers does not know is an error here, at load.
+    /// Compiles `source`; what the template language of transformers does not know is an error
+    /// here, at load.
     pub fn compile(source: &str, tokens: TokenNames) -> Result<Self> {
         if source.len() > MAX_TEMPLATE_BYTES {
             return Err(invalid(format!(
@@ -112,7 +114,8 @@ fn describe(error: &Error) -> String {
     }
 }
 
-/// {% generation %} ... {% endgeneration %} marks an answer for training; here it only needs to be a block.
+/// {% generation %} ... {% endgeneration %} marks an answer for training; here it only needs to be
+/// a block.
 fn open_generation_blocks(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

@@ -1,4 +1,5 @@
-//! Reads JSON of a model: depth and number of values are capped and a key that appears twice is refused.
+//! Reads JSON of a model: depth and number of values are capped and a key that appears twice is
+//! refused.
 
 use std::cell::Cell;
 use std::fmt;

@@ -1,4 +1,5 @@
-//! Errors that cross the ABI: a canonical status code and a message that names the file, the rule and the way out.
+//! Errors that cross the ABI: a canonical status code and a message that names the file, the rule
+//! and the way out.
 
 /// Numeric values of absl::StatusCode, the part used here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

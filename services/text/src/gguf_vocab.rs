@@ -1,4 +1,5 @@
-//! gguf_vocab.json (the vocabulary of a GGUF file, written by the loader) -> Recipe. Two kinds: "gpt2" (byte-level BPE with
+//! gguf_vocab.json (the vocabulary of a GGUF file, written by the loader) -> Recipe. Two kinds:
+//! "gpt2" (byte-level BPE with
 //! merges) and "llama" (SentencePiece BPE: merges follow from the scores).
 
 use std::collections::HashMap;
@@ -196,7 +197,8 @@ fn read_llama(vocab: &Vocab) -> Result<Recipe> {
     })
 }
 
-/// Every way to cut a piece into two pieces is a merge; higher scores of the whole go first, then of left and right.
+/// Every way to cut a piece into two pieces is a merge; higher scores of the whole go first, then
+/// of left and right.
 /// The same list, in the same order, as transformers makes for a SentencePiece model.
 fn merges_from_scores(vocab: &Vocab) -> Result<Vec<(String, String)>> {
     let scores = read_scores(vocab)?;

@@ -1,4 +1,5 @@
-//! What a model's files and a request may ask for (reliability rules F3, F17, F21, F22). Generous against real models: the
+//! What a model's files and a request may ask for (reliability rules F3, F17, F21, F22). Generous
+//! against real models: the
 //! largest public tokenizer.json is 33 MB with 262,144 tokens and 514,906 merges.
 
 pub const MAX_VOCAB_FILE_BYTES: usize = 64 << 20; // tokenizer.json, gguf_vocab.json, vocab.json, merges.txt

@@ -1,4 +1,5 @@
-//! A loaded model's tokenizer and chat template. Immutable, so any number of threads may use it at once.
+//! A loaded model's tokenizer and chat template. Immutable, so any number of threads may use it at
+//! once.
 
 use tokenizers::Tokenizer;
 
@@ -94,7 +95,8 @@ impl Model {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Control tokens may only come from the post-processor (mask 1), or be the one for unknown text.
+    /// Control tokens may only come from the post-processor (mask 1), or be the one for unknown
+    /// text.
     fn check_plain(&self, ids: &[u32], mask: &[u32]) -> Result<()> {
         let from_text = ids.iter().zip(mask).filter(|(_, added)| **added == 0).map(|(id, _)| *id);
         for id in from_text {

@@ -1,5 +1,7 @@
-//! Normalizer, pre-tokenizer, post-processor and decoder of a model, checked before the crate sees them. The crate's regex
-//! engine backtracks, so only the known split patterns may pass (F21); what can multiply the size of a text is bounded.
+//! Normalizer, pre-tokenizer, post-processor and decoder of a model, checked before the crate sees
+//! them. The crate's regex
+//! engine backtracks, so only the known split patterns may pass (F21); what can multiply the size
+//! of a text is bounded.
 
 use serde_json::Value;
 
@@ -85,7 +87,8 @@ pub fn check_post_processor(source: &str, part: &Value, max_id: u32) -> Result<(
     Ok(())
 }
 
-/// Steps of `part` in order, nested Sequences opened; each type must be in `known` and each regex on the allow-list.
+/// Steps of `part` in order, nested Sequences opened; each type must be in `known` and each regex
+/// on the allow-list.
 pub fn flatten<'a>(
     source: &str,
     part_name: &str,

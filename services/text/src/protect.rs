@@ -1,9 +1,13 @@
-//! Keeps the content of chat messages from becoming control tokens (reliability A6) although the prompt
+//! Keeps the content of chat messages from becoming control tokens (reliability A6) although the
+//! prompt
 //! around it must.
 //!
-//! Before a template is rendered, every control token that a message spells is replaced by one private-use
-//! character. After rendering the spelling is put back and its place is remembered, so the prompt can be
-//! encoded in stretches: template text with control tokens, remembered places without. A message without
+//! Before a template is rendered, every control token that a message spells is replaced by one
+//! private-use
+//! character. After rendering the spelling is put back and its place is remembered, so the prompt
+//! can be
+//! encoded in stretches: template text with control tokens, remembered places without. A message
+//! without
 //! such a spelling takes none of this: its prompt is encoded in one go, as Hugging Face does.
 
 use std::collections::HashMap;
@@ -21,7 +25,8 @@ pub struct Protector {
     finder: AhoCorasick,
 }
 
-/// What was taken out of the messages of one prompt; a spelling has one placeholder, however often it occurs.
+/// What was taken out of the messages of one prompt; a spelling has one placeholder, however often
+/// it occurs.
 #[derive(Default)]
 pub struct Placeholders {
     originals: Vec<String>,
@@ -81,7 +86,8 @@ impl Placeholders {
         Ok(placeholder)
     }
 
-    /// The prompt in stretches; put together they are the prompt as the template would have made it.
+    /// The prompt in stretches; put together they are the prompt as the template would have made
+    /// it.
     pub fn restore(&self, rendered: &str) -> Vec<Stretch> {
         let mut stretches = Vec::new();
         let mut plain = String::new();

@@ -1,11 +1,13 @@
-//! The filter `tojson` as chat templates mean it: Python's json.dumps(ensure_ascii=False), not the HTML-safe one of Jinja.
+//! The filter `tojson` as chat templates mean it: Python's json.dumps(ensure_ascii=False), not the
+//! HTML-safe one of Jinja.
 
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
 const MAX_DEPTH: usize = 64;
 
-/// tojson(value, indent=none, ensure_ascii=false, separators=none, sort_keys=false); the last three as in json.dumps.
+/// tojson(value, indent=none, ensure_ascii=false, separators=none, sort_keys=false); the last three
+/// as in json.dumps.
 pub fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     let separators: Option<Vec<String>> = kwargs.get("separators")?;

@@ -1,7 +1,10 @@
-//! The one form every vocabulary takes before the crate `tokenizers` builds from it: checked here, built twice.
+//! The one form every vocabulary takes before the crate `tokenizers` builds from it: checked here,
+//! built twice.
 //!
-//! `Spelling::Control` is Hugging Face's own behaviour: a control token spelled in the text becomes that token.
-//! `Spelling::Plain` is for user text: the same ids, but every control token is renamed to a spelling that no text reaches, so
+//! `Spelling::Control` is Hugging Face's own behaviour: a control token spelled in the text becomes
+//! that token.
+//! `Spelling::Plain` is for user text: the same ids, but every control token is renamed to a
+//! spelling that no text reaches, so
 //! neither the added-token matcher nor a merge can produce it.
 
 use std::collections::{HashMap, HashSet};
@@ -26,7 +29,8 @@ pub enum Spelling {
     Plain,
 }
 
-/// Parts of a BPE tokenizer. The four JSON values have the form of the same keys in tokenizer.json; Null = absent.
+/// Parts of a BPE tokenizer. The four JSON values have the form of the same keys in tokenizer.json;
+/// Null = absent.
 pub struct Recipe {
     pub source: &'static str, // file name, for messages
     pub vocab: Vec<(String, u32)>,
@@ -113,7 +117,8 @@ impl Recipe {
 
     fn check_added(&mut self, ids: &HashMap<String, u32>) -> Result<()> {
         let source = self.source;
-        // The crate numbers tokens outside the vocabulary in the order given, so that order must be the ids' own.
+        // The crate numbers tokens outside the vocabulary in the order given, so that order must be
+        // the ids' own.
         self.added.sort_by_key(|a| a.id);
         let mut seen = HashSet::new();
         for (i, Added { id, token }) in self.added.iter().enumerate() {
@@ -250,7 +255,8 @@ fn check_token(source: &str, token: &str, id: u64) -> Result<()> {
     Ok(())
 }
 
-/// Contains NUL, which no byte-level alphabet has; a text that spells it anyway is refused by Model::encode.
+/// Contains NUL, which no byte-level alphabet has; a text that spells it anyway is refused by
+/// Model::encode.
 fn unreachable_spelling(id: u32) -> String {
     format!("\u{0}control {id}\u{0}")
 }

@@ -1,4 +1,5 @@
-//! Which tokens begin and end a text: tokenizer_config.json, special_tokens_map.json and generation_config.json.
+//! Which tokens begin and end a text: tokenizer_config.json, special_tokens_map.json and
+//! generation_config.json.
 
 use std::collections::BTreeMap;
 

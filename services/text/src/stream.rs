@@ -1,8 +1,12 @@
-//! Ids to text, one at a time, holding back what may still change. The pieces put together are exactly Model::decode of all ids.
+//! Ids to text, one at a time, holding back what may still change. The pieces put together are
+//! exactly Model::decode of all ids.
 //!
-//! Byte-level vocabularies hold back at most 3 bytes (an unfinished character). SentencePiece vocabularies hold back a run of
-//! byte tokens until it ends, since the whole run becomes U+FFFD when any of it is invalid. Any other decoder goes through a
-//! window of ids that is decoded again with each id (prefix and read offset), at most MAX_HELD_IDS long.
+//! Byte-level vocabularies hold back at most 3 bytes (an unfinished character). SentencePiece
+//! vocabularies hold back a run of
+//! byte tokens until it ends, since the whole run becomes U+FFFD when any of it is invalid. Any
+//! other decoder goes through a
+//! window of ids that is decoded again with each id (prefix and read offset), at most MAX_HELD_IDS
+//! long.
 
 use std::sync::Arc;
 
@@ -15,7 +19,8 @@ use crate::pattern_check;
 const REPLACEMENT: &str = "\u{FFFD}";
 const MAX_HELD_IDS: usize = 32;
 
-/// How a tokenizer's decoder turns tokens into text, as far as streaming is concerned. Chosen at load.
+/// How a tokenizer's decoder turns tokens into text, as far as streaming is concerned. Chosen at
+/// load.
 #[derive(Clone, Debug, PartialEq)]
 pub enum DecodePlan {
     ByteLevel,

@@ -1,4 +1,5 @@
-//! strftime_now(format) for chat templates: the date and time in UTC, for the directives templates use.
+//! strftime_now(format) for chat templates: the date and time in UTC, for the directives templates
+//! use.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -63,7 +64,8 @@ fn at(seconds: u64, format: &str) -> String {
     out
 }
 
-/// Days since 1970-01-01 -> (year, month 1..12, day 1..31) of the Gregorian calendar, in eras of 400 years from 1 March.
+/// Days since 1970-01-01 -> (year, month 1..12, day 1..31) of the Gregorian calendar, in eras of
+/// 400 years from 1 March.
 fn civil_date(days: u64) -> (u64, u64, u64) {
     let shifted = days + 719_468;
     let era = shifted / 146_097;

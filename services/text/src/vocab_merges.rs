@@ -13,7 +13,8 @@ use crate::tokenizer_json::{read_vocab, split_merge};
 pub const FILE: &str = "vocab.json";
 const MERGES_FILE: &str = "merges.txt";
 
-/// Fills in what `config` leaves open: OPT's </s> (bos = eos = unk) and <pad>, else GPT-2's <|endoftext|>.
+/// Fills in what `config` leaves open: OPT's </s> (bos = eos = unk) and <pad>, else GPT-2's
+/// <|endoftext|>.
 pub fn read(vocab: &[u8], merges: &[u8], config: &mut TokenConfig) -> Result<Recipe> {
     let vocab = read_vocab(FILE, checked_json::parse(FILE, vocab, MAX_VOCAB_FILE_BYTES)?)?;
     let merges = read_merges_text(merges)?;
@@ -61,7 +62,8 @@ pub fn byte_level() -> Value {
     json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true})
 }
 
-/// A post-processor that puts tokens (spelling, id) before and after a text; Null when there is nothing to put.
+/// A post-processor that puts tokens (spelling, id) before and after a text; Null when there is
+/// nothing to put.
 pub fn around(before: Option<(&str, u32)>, after: Option<(&str, u32)>) -> Value {
     if before.is_none() && after.is_none() {
         return Value::Null;
