@@ -94,7 +94,8 @@ struct RopeRows {
 };
 
 // The KV cache of one layer: k and v are [num_blocks, num_kv_heads, block_size, head_dim] of
-// activation_dtype().
+// activation_dtype(). How the block_size * head_dim elements of one block and KV head lie is the
+// backend's own (the CPU turns k), so blocks are copied whole or not at all.
 struct KvLayer {
   void* k = nullptr;
   void* v = nullptr;
