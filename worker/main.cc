@@ -2,8 +2,10 @@
 // ReleaseOrder or SIGTERM, 1 when it cannot start, as CLI11's for a wrong flag.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 
