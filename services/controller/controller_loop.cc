@@ -165,13 +165,11 @@ void ControllerLoop::Finished(const LiveRequest& request) {
         std::chrono::duration_cast<std::chrono::milliseconds>(Now() - request.arrival()).count()}});
 }
 
-uint64_t ControllerLoop::Submit(GenerationRequest request, ResponseSink* sink) {
-  const uint64_t handle = next_handle_++;
+void ControllerLoop::Submit(uint64_t handle, GenerationRequest request, ResponseSink* sink) {
   auto shared = std::make_shared<GenerationRequest>(std::move(request));
   if (!Post([this, handle, shared, sink] { Accept(handle, std::move(*shared), sink); })) {
     sink->OnEnd(ShuttingDown());
   }
-  return handle;
 }
 
 absl::Status ControllerLoop::NotServing() const {

@@ -53,9 +53,11 @@ class ControllerLoop final : public WorkerListener,
   // All thread-safe:
 
   void SetModel(std::shared_ptr<const ServedModel> model);
-  // Takes a request; what becomes of it, a refusal too, goes to the sink, which must live until its
-  // OnEnd. Returns its handle.
-  uint64_t Submit(GenerationRequest request, ResponseSink* sink);
+  // Handles are never used again.
+  uint64_t NewHandle() { return next_handle_++; }
+  // Takes a request under a new handle; what becomes of it, a refusal too, goes to the sink, which
+  // must live until its OnEnd.
+  void Submit(uint64_t handle, GenerationRequest request, ResponseSink* sink);
   // The client has gone: the sink gets OnEnd(CANCELLED) if it has had none.
   void Drop(uint64_t handle);
   // Ends a live request by its id; tells whether there was one.

@@ -33,24 +33,26 @@ std::string HostOf(const std::string& address) { return address.substr(0, addres
 
 bool IsUnix(const std::string& address) { return address.rfind("unix:", 0) == 0; }
 
-// The address that others dial, with the port that was chosen.
-std::string Dialled(const std::string& listen, int port) {
-  if (IsUnix(listen)) {
-    return listen;
-  }
+// `listen` with the port that was chosen.
+std::string WithPort(const std::string& listen, int port) {
+  return IsUnix(listen) ? listen : absl::StrCat(HostOf(listen), ":", port);
+}
+
+// An address that other hosts can dial: of a wildcard, this host's name.
+std::string Dialled(const std::string& listen) {
   const std::string host = HostOf(listen);
   const bool wildcard = host == "0.0.0.0" || host == "[::]" || host.empty();
-  return absl::StrCat(wildcard ? HostName() : host, ":", port);
+  return wildcard ? absl::StrCat(HostName(), listen.substr(host.size())) : listen;
 }
 
 absl::StatusOr<std::unique_ptr<rpc::ServerRunner>> Listen(const std::string& address,
                                                           rpc::ServerOptions options,
                                                           std::vector<grpc::Service*> services,
-                                                          std::string* dialled) {
+                                                          std::string* bound) {
   options.addresses = {address};
   auto runner = rpc::ServerRunner::Start(options, services);
   if (runner.ok()) {
-    *dialled = Dialled(address, (*runner)->ports()[0]);
+    *bound = WithPort(address, (*runner)->ports()[0]);
   }
   return runner;
 }
@@ -72,7 +74,7 @@ absl::StatusOr<std::unique_ptr<ControllerServer>> ControllerServer::Start(
   if (absl::Status status = server->StartListeners(options); !status.ok()) {
     return status;
   }
-  server->loop_->Start(options.internal_advertise.empty() ? server->internal_address_
+  server->loop_->Start(options.internal_advertise.empty() ? Dialled(server->internal_address_)
                                                           : options.internal_advertise);
   server->catalog_ =
       std::make_unique<ModelCatalog>(options.loop.coordinator.loader_address, options.model_name,

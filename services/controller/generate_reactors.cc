@@ -19,10 +19,32 @@ grpc::Status FinishStatus(grpc::CallbackServerContext* context, const absl::Stat
   return rpc::ToGrpcStatus(status);
 }
 
-UnaryReactor::UnaryReactor(grpc::CallbackServerContext* context, const std::string& model,
-                           uint32_t n, v1::GenerateResponse* response)
-    : context_(context), response_(response), answers_(n) {
+void CancelHook::Set(std::function<void()> function) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!fired_) {
+      function_ = std::move(function);
+      return;
+    }
+  }
+  function();
+}
+
+void CancelHook::Fire() {
+  std::function<void()> function;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    fired_ = true;
+    function.swap(function_);
+  }
+  if (function) {
+    function();
+  }
+}
+
+void UnaryReactor::Begin(const std::string& model, uint32_t n) {
   response_->set_model(model);
+  answers_.resize(n);
 }
 
 void UnaryReactor::OnMessage(v1::StreamGenerateResponse&& message) {
@@ -130,7 +152,7 @@ bool StreamReactor::TakeNext() {
 
 void StreamReactor::OnDone() {
   on_gone_(this);
-  delete this;
+  Release();
 }
 
 void StreamReactor::CancelIfStalled(TimePoint before) {

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kRetryMs = 1000;
 constexpr int kMaxDetokenizeIds = 1000000;
+constexpr size_t kLongPromptBytes = 32 * 1024;  // About 1 ms of tokenizing
 constexpr std::chrono::seconds kWatchEvery{1};
 
 absl::Status NotServing(const std::string& message) {
@@ -108,17 +109,35 @@ absl::StatusOr<GenerationRequest> GenerationService::Prepare(grpc::CallbackServe
   return prepared;
 }
 
+template <typename Reactor>
+void GenerationService::Launch(grpc::CallbackServerContext* context, v1::GenerateRequest request,
+                               Reactor* reactor) {
+  const bool is_long = request.ByteSizeLong() > kLongPromptBytes;
+  auto launch = [this, context, reactor, request = std::move(request)] {
+    auto prepared = Prepare(context, request);
+    if (prepared.ok()) {
+      reactor->Begin(loop_->model()->name, prepared->spec.n);
+      const uint64_t handle = loop_->NewHandle();
+      loop_->Submit(handle, *std::move(prepared), reactor);
+      // After Submit: the loop must not hear of the end before the beginning.
+      reactor->cancel_hook().Set([loop = loop_, handle] { loop->Drop(handle); });
+    } else {
+      reactor->OnEnd(prepared.status());
+    }
+    reactor->Release();
+  };
+  if (is_long) {
+    long_prompts_.Post(std::move(launch));
+  } else {
+    launch();
+  }
+}
+
 grpc::ServerUnaryReactor* GenerationService::Generate(grpc::CallbackServerContext* context,
                                                       const v1::GenerateRequest* request,
                                                       v1::GenerateResponse* response) {
-  auto prepared = Prepare(context, *request);
-  if (!prepared.ok()) {
-    return FinishNow(context, prepared.status());
-  }
-  auto* reactor = new UnaryReactor(context, loop_->model()->name, prepared->spec.n, response);
-  // gRPC calls the reactor only after this function has returned.
-  const uint64_t handle = loop_->Submit(*std::move(prepared), reactor);
-  reactor->set_on_cancel([loop = loop_, handle] { loop->Drop(handle); });
+  auto* reactor = new UnaryReactor(context, response);
+  Launch(context, *request, reactor);
   return reactor;
 }
 
@@ -128,22 +147,17 @@ grpc::ServerWriteReactor<v1::StreamGenerateResponse>* GenerationService::StreamG
     std::lock_guard<std::mutex> lock(mutex_);
     streams_.erase(gone);
   });
-  reactor->set_on_cancel([] {});
-  v1::GenerateRequest same;  // Same fields under the same numbers
-  absl::StatusOr<GenerationRequest> prepared =
-      same.ParseFromString(request->SerializeAsString())
-          ? Prepare(context, same)
-          : absl::InternalError("StreamGenerateRequest is not GenerateRequest");
-  if (!prepared.ok()) {
-    reactor->OnEnd(prepared.status());
-    return reactor;
-  }
   {
     std::lock_guard<std::mutex> lock(mutex_);
     streams_.insert(reactor);
   }
-  const uint64_t handle = loop_->Submit(*std::move(prepared), reactor);
-  reactor->set_on_cancel([loop = loop_, handle] { loop->Drop(handle); });
+  v1::GenerateRequest same;  // Same fields under the same numbers
+  if (!same.ParseFromString(request->SerializeAsString())) {
+    reactor->OnEnd(absl::InternalError("StreamGenerateRequest is not GenerateRequest"));
+    reactor->Release();
+    return reactor;
+  }
+  Launch(context, std::move(same), reactor);
   return reactor;
 }
 

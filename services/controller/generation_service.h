@@ -11,6 +11,7 @@
 #include "proto/sluice/v1/generation.grpc.pb.h"
 #include "services/controller/controller_loop.h"
 #include "services/controller/generate_reactors.h"
+#include "services/controller/task_thread.h"
 
 namespace sluice::controller {
 
@@ -45,10 +46,14 @@ class GenerationService final : public v1::GenerationService::CallbackService {
  private:
   absl::StatusOr<GenerationRequest> Prepare(grpc::CallbackServerContext* context,
                                             const v1::GenerateRequest& request);
+  // Prepares and submits, a long prompt on a thread of its own. The reactor ends by itself.
+  template <typename Reactor>
+  void Launch(grpc::CallbackServerContext* context, v1::GenerateRequest request, Reactor* reactor);
   void WatchStreams();
 
   const GenerationOptions options_;
   ControllerLoop* const loop_;
+  TaskThread long_prompts_;
   std::mutex mutex_;  // Guards streams_ and stop_
   std::condition_variable wake_;
   std::set<StreamReactor*> streams_;

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "proto/sluice/internal/v1/shard.pb.h"
 
 namespace sluice::controller {
@@ -55,7 +56,7 @@ class FakeStage {
 
   void Expect(bool ok, const std::string& rule, const internal::v1::StepHeader& step) {
     if (!ok) {
-      errors.push_back("step " + std::to_string(step.step()) + ": " + rule);
+      errors.push_back(absl::StrCat("step ", step.step(), ": ", rule));
     }
   }
   void RunSlice(const internal::v1::SequenceSlice& slice, const internal::v1::StepHeader& step,
@@ -142,11 +143,13 @@ inline void FakeStage::CheckInputs(const internal::v1::SequenceSlice& slice,
     return;
   }
   Expect(static_cast<uint32_t>(slice.token_ids_size()) == slice.num_tokens(), "ids", step);
-  for (const uint32_t id : slice.token_ids()) {
-    if (state->position + static_cast<uint32_t>(&id - &slice.token_ids(0)) < state->prompt_len) {
-      state->history.push_back(id);
+  for (int i = 0; i < slice.token_ids_size(); ++i) {
+    const size_t position = state->position + static_cast<size_t>(i);
+    if (position < state->prompt_len) {
+      state->history.push_back(slice.token_ids(i));
     } else {
-      Expect(!state->history.empty() && state->history.back() == id, "id of the last sample", step);
+      Expect(position < state->history.size() && state->history[position] == slice.token_ids(i),
+             "id of the last sample", step);
     }
   }
 }
