@@ -49,11 +49,12 @@ void ReadTokenIds(const Json& object, const char* key, JsonFields* fields,
   for (const Json& value : list) {
     // -1 is how some files say "none".
     if (value.is_number_integer() && value == -1) continue;
-    if (!value.is_number_unsigned() || value.get<uint64_t>() >= kMaxVocab || out->size() >= 64) {
+    uint64_t id = 0;
+    if (!AsUint(value, &id) || id >= kMaxVocab || out->size() >= 64) {
       fields->Fail(key, "must be a token id or a list of at most 64 token ids");
       return;
     }
-    out->push_back(value.get<uint32_t>());
+    out->push_back(static_cast<uint32_t>(id));
   }
 }
 

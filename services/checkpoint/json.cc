@@ -106,6 +106,13 @@ absl::StatusOr<Json> ParseJsonObject(const std::string& text, const std::string&
   return root;
 }
 
+bool AsUint(const Json& value, uint64_t* number) {
+  if (!value.is_number_integer()) return false;
+  if (!value.is_number_unsigned() && value.get<int64_t>() < 0) return false;
+  *number = value.get<uint64_t>();
+  return true;
+}
+
 const Json* JsonFields::Find(const char* key) const {
   const auto it = object_.find(key);
   return it == object_.end() || it->is_null() ? nullptr : &*it;
@@ -129,10 +136,8 @@ uint64_t JsonFields::Uint(const char* key, uint64_t lo, uint64_t hi) {
 uint64_t JsonFields::UintOr(const char* key, uint64_t lo, uint64_t hi, uint64_t fallback) {
   const Json* value = Find(key);
   if (value == nullptr) return fallback;
-  if (value->is_number_unsigned()) {
-    const auto number = value->get<uint64_t>();
-    if (number >= lo && number <= hi) return number;
-  }
+  uint64_t number = 0;
+  if (AsUint(*value, &number) && number >= lo && number <= hi) return number;
   Fail(key, absl::StrCat("must be a whole number from ", lo, " to ", hi));
   return fallback;
 }

@@ -17,6 +17,9 @@ using Json = nlohmann::json;
 // 2,000,000 values.
 absl::StatusOr<Json> ParseJsonObject(const std::string& text, const std::string& file);
 
+// Whether `value` is a whole number from 0 to 2^64 - 1; then `number` takes it.
+bool AsUint(const Json& value, uint64_t* number);
+
 // Reads members of one object. The first broken rule is kept in status(); after it every accessor
 // returns its fallback, so that a caller checks once at the end. A member that is null counts as
 // absent. `object` must outlive it.

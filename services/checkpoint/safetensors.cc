@@ -58,10 +58,11 @@ absl::StatusOr<Shape> UintList(const Json& entry, const char* key, const std::st
   }
   Shape list;
   for (const Json& value : *it) {
-    if (!value.is_number_unsigned()) {
+    uint64_t number = 0;
+    if (!AsUint(value, &number)) {
       return Bad(what, absl::StrCat(key, " must hold whole numbers from 0"));
     }
-    list.push_back(value.get<uint64_t>());
+    list.push_back(number);
   }
   return list;
 }
