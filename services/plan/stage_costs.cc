@@ -13,10 +13,6 @@ using internal::v1::PlanShardsResponse;
 
 // Staging buffers, allocator slack and the program's own needs, on every stage.
 constexpr uint64_t kFixedWorkspace = 32ull << 20;
-// Float rows a step keeps at once: residual stream, its norm, attention output and input of the
-// MLP's second half.
-constexpr uint64_t kHiddenRows = 4;
-constexpr uint64_t kMlpRows = 3;
 constexpr uint64_t kFloat = 4;
 
 uint64_t CeilDiv(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
@@ -52,20 +48,34 @@ void AddWeights(const PlanShardsResponse& model, ModelCosts& costs) {
   }
 }
 
+// Upper bound of what a stage allocates for its largest step: rows of activations, and the
+// backend's scratch (gathered and normalized input, the widest output).
+void AddWorkspace(const ModelConfig& config, const PlanOptions& options, ModelCosts& costs) {
+  const uint64_t rows = uint64_t{options.max_batch_tokens} + options.max_batch_size;
+  const uint64_t hidden = config.hidden_size();
+  const uint64_t mlp = config.intermediate_size();
+  const uint64_t vocab = config.vocab_size();
+  const uint64_t attention = uint64_t{config.num_heads()} * config.head_dim();
+  const uint64_t qkv = attention + 2ull * config.num_kv_heads() * config.head_dim();
+  const uint64_t widest_in = std::max({hidden, attention, mlp});
+  const uint64_t widest_out = std::max({hidden, qkv, 2 * mlp});
+  costs.workspace = kFixedWorkspace +
+                    rows * kFloat * (hidden + qkv + attention + mlp + 2 * widest_in + widest_out);
+  costs.head_workspace = uint64_t{options.max_batch_size} * vocab * kFloat;
+  if (vocab > widest_out) {
+    costs.head_workspace += rows * kFloat * (vocab - widest_out);
+  }
+}
+
 }  // namespace
 
 ModelCosts CostsOf(const PlanShardsResponse& model, const PlanOptions& options) {
   const ModelConfig& config = model.config();
   ModelCosts costs;
   AddWeights(model, costs);
-  const uint64_t heads_width =
-      static_cast<uint64_t>(config.num_heads() + 2 * config.num_kv_heads()) * config.head_dim();
   costs.kv_per_layer_block = 2ull * config.num_kv_heads() * config.head_dim() * options.block_size *
                              options.kv_element_bytes;
-  costs.workspace = kFixedWorkspace + static_cast<uint64_t>(options.max_batch_tokens) * kFloat *
-                                          (kHiddenRows * config.hidden_size() + heads_width +
-                                           kMlpRows * config.intermediate_size());
-  costs.head_workspace = 2ull * options.max_batch_size * config.vocab_size() * kFloat;
+  AddWorkspace(config, options, costs);
   costs.max_model_len =
       options.max_model_len != 0 ? options.max_model_len : config.max_position_embeddings();
   costs.blocks_per_sequence =

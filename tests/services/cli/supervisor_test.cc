@@ -191,7 +191,7 @@ class ParentTest : public ::testing::TestWithParam<int> {
   }
   pid_t NextPid() {
     int pid = -1;
-    EXPECT_EQ(std::fscanf(output_, "pid %d\n", &pid), 1);
+    EXPECT_EQ(std::fscanf(output_, " pid %d", &pid), 1);
     return pid;
   }
   void TearDown() override {
