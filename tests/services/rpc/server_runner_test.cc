@@ -1,8 +1,8 @@
 // A server with its limits on a real port: health, reflection, addresses, identity compression.
 #include "services/rpc/server_runner.h"
 
-#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/create_channel.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/security/credentials.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
