@@ -23,6 +23,11 @@ constexpr uint32_t kProtocolVersion = 1;
 constexpr size_t kMaxSocketPath = 107;
 constexpr std::chrono::milliseconds kProgressInterval(200);
 
+std::string HostOf(const WorkerOptions& options) {
+  return options.advertise_host.empty() ? options.listen.substr(0, options.listen.rfind(':'))
+                                        : options.advertise_host;
+}
+
 absl::Status CheckOptions(const WorkerOptions& options) {
   const std::string& id = options.worker_id;
   const bool good = !id.empty() && id.size() <= 64 && std::all_of(id.begin(), id.end(), [](char c) {
@@ -40,12 +45,13 @@ absl::Status CheckOptions(const WorkerOptions& options) {
     return absl::InvalidArgumentError("--listen " + options.listen +
                                       ": write host:port, e.g. 127.0.0.1:0");
   }
+  const std::string host = HostOf(options);
+  if (host.empty() || host == "0.0.0.0" || host == "[::]" || host == "::") {
+    return absl::InvalidArgumentError("--listen " + options.listen +
+                                      " is no address that others can dial; name one with "
+                                      "--advertise-host");
+  }
   return absl::OkStatus();
-}
-
-std::string HostOf(const WorkerOptions& options) {
-  return options.advertise_host.empty() ? options.listen.substr(0, options.listen.rfind(':'))
-                                        : options.advertise_host;
 }
 
 }  // namespace

@@ -315,6 +315,8 @@ TEST(WorkerOptionsTest, AreChecked) {
   options.unix_socket.clear();
   options.listen = "nowhere";
   EXPECT_THAT(start(options).ToString(), HasSubstr("--listen"));
+  options.listen = "0.0.0.0:0";
+  EXPECT_THAT(start(options).ToString(), HasSubstr("--advertise-host"));
 }
 
 }  // namespace

@@ -14,7 +14,6 @@ namespace sluice::worker {
 namespace {
 
 using internal::v1::StepHeader;
-using internal::v1::TokenFrame;
 
 // float32 against float64. A logit is a sum of about 100 products of size <= 3 behind 3 layers of
 // such sums, each with a relative error of about 100 * 2^-24 = 6e-6 at worst: 3 * 2 * 6e-6 * 3 =
