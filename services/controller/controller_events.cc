@@ -24,6 +24,10 @@ void ControllerLoop::SetModel(std::shared_ptr<const ServedModel> model) {
   });
 }
 
+void ControllerLoop::OnModelRefused(const absl::Status& status) {
+  Post([this, status] { coordinator_.OnModelRefused(status); });
+}
+
 std::shared_ptr<const ServedModel> ControllerLoop::model() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return model_;

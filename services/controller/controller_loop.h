@@ -53,6 +53,8 @@ class ControllerLoop final : public WorkerListener,
   // All thread-safe:
 
   void SetModel(std::shared_ptr<const ServedModel> model);
+  // There is no model yet, and why.
+  void OnModelRefused(const absl::Status& status);
   // Handles are never used again.
   uint64_t NewHandle() { return next_handle_++; }
   // Takes a request under a new handle; what becomes of it, a refusal too, goes to the sink, which

@@ -76,11 +76,10 @@ absl::StatusOr<std::unique_ptr<ControllerServer>> ControllerServer::Start(
   }
   server->loop_->Start(options.internal_advertise.empty() ? Dialled(server->internal_address_)
                                                           : options.internal_advertise);
-  server->catalog_ =
-      std::make_unique<ModelCatalog>(options.loop.coordinator.loader_address, options.model_name,
-                                     [self](std::shared_ptr<const ServedModel> model) {
-                                       self->loop_->SetModel(std::move(model));
-                                     });
+  server->catalog_ = std::make_unique<ModelCatalog>(
+      options.loop.coordinator.loader_address, options.model_name,
+      [self](std::shared_ptr<const ServedModel> model) { self->loop_->SetModel(std::move(model)); },
+      [self](const absl::Status& status) { self->loop_->OnModelRefused(status); });
   if (absl::Status status = server->WriteAddressFile(options.address_file); !status.ok()) {
     return status;
   }

@@ -39,6 +39,13 @@ void Coordinator::SetModel(TimePoint now,
   TryPlan(now);
 }
 
+void Coordinator::OnModelRefused(const absl::Status& status) {
+  const bool wait = absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
+  reason_ = absl::StrCat(wait ? "waiting for the loader at " + options_.loader_address + ": "
+                              : "the model cannot be served: ",
+                         std::string(status.message()));
+}
+
 absl::Status Coordinator::OnHello(TimePoint now, uint64_t attachment,
                                   const internal::v1::WorkerHello& hello,
                                   std::shared_ptr<OrderChannel> channel) {

@@ -59,6 +59,10 @@ class Coordinator {
   // From the loader; once.
   void SetModel(TimePoint now, std::shared_ptr<const internal::v1::PlanShardsResponse> model);
 
+  // There is no model yet, and why: a loader that cannot be reached is waited for, other errors are
+  // the model's.
+  void OnModelRefused(const absl::Status& status);
+
   absl::Status OnHello(TimePoint now, uint64_t attachment, const internal::v1::WorkerHello& hello,
                        std::shared_ptr<OrderChannel> channel);
   void OnEvent(TimePoint now, uint64_t attachment, const internal::v1::AttachRequest& event);

@@ -106,27 +106,17 @@ absl::StatusOr<std::shared_ptr<const ServedModel>> MakeServedModel(
 }
 
 ModelCatalog::ModelCatalog(const std::string& loader_address, const std::string& name,
-                           std::function<void(std::shared_ptr<const ServedModel>)> on_model)
+                           OnModel on_model, OnError on_error)
     : loader_address_(loader_address),
       name_(name),
       on_model_(std::move(on_model)),
-      status_(absl::UnavailableError("waiting for the loader at " + loader_address)) {
+      on_error_(std::move(on_error)) {
   thread_ = std::thread([this] { Run(); });
 }
 
 ModelCatalog::~ModelCatalog() {
   stop_ = true;
   thread_.join();
-}
-
-std::shared_ptr<const ServedModel> ModelCatalog::model() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return model_;
-}
-
-absl::Status ModelCatalog::status() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return status_;
 }
 
 void ModelCatalog::Run() {
@@ -138,21 +128,13 @@ void ModelCatalog::Run() {
                                        {"digest", (*model)->shards.model_digest()},
                                        {"layers", (*model)->shards.config().num_layers()},
                                        {"weight_bytes", (*model)->weight_bytes}});
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        model_ = *model;
-        status_ = absl::OkStatus();
-      }
       on_model_(*model);
       return;
     }
     if (std::string error = model.status().ToString(); error != last_error) {
       rpc::LogWarning("loader_not_ready", {{"loader", loader_address_}, {"error", error}});
       last_error = std::move(error);
-    }
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      status_ = model.status();
+      on_error_(model.status());
     }
     for (int i = 0; i < kRetrySlices && !stop_; ++i) {
       std::this_thread::sleep_for(kRetrySlice);

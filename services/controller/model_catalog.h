@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -37,16 +36,15 @@ absl::StatusOr<std::shared_ptr<const ServedModel>> MakeServedModel(
 
 class ModelCatalog {
  public:
-  // `name`: empty = from the loader. Asks again and again until the loader answers, then calls
-  // `on_model` once, on a thread of its own; stops at destruction.
-  ModelCatalog(const std::string& loader_address, const std::string& name,
-               std::function<void(std::shared_ptr<const ServedModel>)> on_model);
-  ~ModelCatalog();
+  using OnModel = std::function<void(std::shared_ptr<const ServedModel>)>;
+  using OnError = std::function<void(const absl::Status&)>;
 
-  // nullptr: the loader has not answered yet. Thread-safe.
-  std::shared_ptr<const ServedModel> model() const;
-  // The last error. Thread-safe.
-  absl::Status status() const;
+  // `name`: empty = from the loader. Asks again and again until the loader answers with a model that
+  // can be served, then calls `on_model` once; before that `on_error` for each new error. Both on a
+  // thread of its own, which stops at destruction.
+  ModelCatalog(const std::string& loader_address, const std::string& name, OnModel on_model,
+               OnError on_error);
+  ~ModelCatalog();
 
  private:
   void Run();
@@ -54,11 +52,9 @@ class ModelCatalog {
 
   const std::string loader_address_;
   const std::string name_;
-  const std::function<void(std::shared_ptr<const ServedModel>)> on_model_;
+  const OnModel on_model_;
+  const OnError on_error_;
   std::atomic<bool> stop_{false};
-  mutable std::mutex mutex_;  // Guards model_ and status_
-  std::shared_ptr<const ServedModel> model_;
-  absl::Status status_;
   std::thread thread_;
 };
 

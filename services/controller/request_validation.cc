@@ -190,8 +190,8 @@ absl::StatusOr<Prompt> RenderChat(const GenerateRequest& request, const ServedMo
   }
   Prompt prompt;
   prompt.text = *std::move(text);
-  auto ids = model.tokenizer->Encode(prompt.text, request.add_special_tokens(),
-                                     /*parse_special=*/true);
+  // Not Encode(prompt.text): a control token spelled in a message would count.
+  auto ids = model.tokenizer->EncodeChat(messages, open_answer);
   if (!ids.ok()) {
     return ids.status();
   }

@@ -37,11 +37,23 @@ std::string LastLines(const std::string& path, size_t bytes) {
   return text.size() > bytes ? text.substr(text.size() - bytes) : text;
 }
 
+// Most checkpoints of tests/testdata lie there without a tokenizer, to save room; the controller
+// wants one. They all have the vocabulary of llama-fp16, so a copy gets its tokenizer.
+std::string WithTokenizer(const std::string& model, const std::string& folder) {
+  const fs::path tokenizer = fs::path(CheckpointPath("llama-fp16")) / "tokenizer.json";
+  if (!fs::is_directory(model) || fs::exists(fs::path(model) / "tokenizer.json")) return model;
+  const fs::path copy = fs::path(folder) / fs::path(model).filename();
+  fs::copy(model, copy);
+  fs::copy(tokenizer, copy);
+  return copy;
+}
+
 }  // namespace
 
 Cluster::Cluster(const ClusterOptions& options) : options_(options) {
   std::string pattern = fs::temp_directory_path() / "sluice-e2e-XXXXXX";
   folder_ = mkdtemp(pattern.data());
+  options_.model = WithTokenizer(options_.model, folder_);
   workers_.resize(options.workers);
   StartLoader();
   StartController();

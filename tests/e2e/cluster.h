@@ -16,10 +16,10 @@
 namespace sluice::e2e {
 
 struct ClusterOptions {
-  std::string model;  // Folder or GGUF file
+  std::string model;  // Folder (one without a tokenizer gets llama-fp16's) or GGUF file
   int workers = 1;
   int threads = 1;  // Of each worker
-  std::vector<std::string> controller_flags;
+  std::vector<std::string> controller_flags = {};
   bool unix_sockets = true;  // Links between workers over Unix sockets, else TCP
 };
 

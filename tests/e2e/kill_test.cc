@@ -87,7 +87,9 @@ TEST_P(KillTest, ClientsGetAWholeAnswerOrUnavailable) {
   EXPECT_TRUE(last.status.ok()) << last.status.error_message() << cluster.Logs();
   EXPECT_EQ(last.ids, whole.ids);
   EXPECT_GT(good, 0);
-  if (GetParam() != Victim::kLoader) EXPECT_GT(lost, 0);
+  if (GetParam() != Victim::kLoader) {
+    EXPECT_GT(lost, 0);
+  }
 }
 
 TEST_P(KillTest, DeathWhileLoadingIsSurvived) {

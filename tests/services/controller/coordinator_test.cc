@@ -246,6 +246,14 @@ TEST_F(CoordinatorTest, RefusesSecondNamesDevicesAndOtherVersions) {
   EXPECT_EQ(refused(name), absl::StatusCode::kInvalidArgument);
 }
 
+TEST(CoordinatorModelTest, SaysWhyThereIsNoModel) {
+  Coordinator coordinator(CoordinatorOptions(), nullptr);
+  coordinator.OnModelRefused(absl::UnavailableError("connection refused"));
+  EXPECT_THAT(coordinator.reason(), testing::StartsWith("waiting for the loader"));
+  coordinator.OnModelRefused(absl::NotFoundError("no tokenizer"));
+  EXPECT_EQ(coordinator.reason(), "the model cannot be served: no tokenizer");
+}
+
 TEST_F(CoordinatorTest, SaysWhyAModelDoesNotFit) {
   Make(1);
   WorkerHello hello = Hello(0);

@@ -177,8 +177,9 @@ class FakeCluster {
     hello.set_memory_bytes(256 << 20);
     hello.add_addresses("unix:/w0");
     hello.set_protocol_version(1);
+    ++attachment_;
     const absl::Status status =
-        loop->OnHello(++attachment_, hello, std::make_shared<Channel>(loop.get(), attachment_));
+        loop->OnHello(attachment_, hello, std::make_shared<Channel>(loop.get(), attachment_));
     ASSERT_TRUE(status.ok()) << status;
     WaitReady(true);
   }
