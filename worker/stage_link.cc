@@ -84,7 +84,7 @@ class HiddenLink final : public StageLink {
         sender_([this](grpc::ClientContext* context) { return stub_->Link(context); },
                 [this](FinishedStep* step, auto* stream) { return Write(step, stream); },
                 kQueuedSteps,
-                [this, on_break = std::move(on_break)](absl::Status status) {
+                [this, on_break = std::move(on_break)](const absl::Status& status) {
                   on_break(Prefixed("link to " + peer_.address, status));
                 }) {}
 
@@ -147,13 +147,13 @@ class HiddenLink final : public StageLink {
 // The last stage. Without a ring when it is also the first one.
 class TokenLink final : public StageLink {
  public:
-  TokenLink(std::shared_ptr<grpc::Channel> controller, absl::optional<Peer> ring,
+  TokenLink(const std::shared_ptr<grpc::Channel>& controller, absl::optional<Peer> ring,
             const std::function<void(absl::Status)>& on_break)
       : ring_peer_(std::move(ring)),
         controller_stub_(internal::v1::Controller::NewStub(controller)),
         tokens_([this](grpc::ClientContext* context) { return controller_stub_->Tokens(context); },
                 WriteFrame<TokensRequest, TokensResponse>, kQueuedFrames,
-                [on_break](absl::Status status) {
+                [on_break](const absl::Status& status) {
                   on_break(Prefixed("tokens to the controller", status));
                 }) {
     if (ring_peer_.has_value()) {
@@ -161,7 +161,7 @@ class TokenLink final : public StageLink {
       ring_ = std::make_unique<StreamSender<TokenFrame, RingRequest, RingResponse>>(
           [this](grpc::ClientContext* context) { return ring_stub_->Ring(context); },
           WriteFrame<RingRequest, RingResponse>, kQueuedFrames,
-          [on_break, address = ring_peer_->address](absl::Status status) {
+          [on_break, address = ring_peer_->address](const absl::Status& status) {
             on_break(Prefixed("ring to " + address, status));
           });
     }

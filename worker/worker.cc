@@ -16,7 +16,6 @@ namespace {
 using internal::v1::AttachRequest;
 using internal::v1::ConfigureOrder;
 using internal::v1::HaltOrder;
-using internal::v1::ReleaseOrder;
 using internal::v1::ShardAssignment;
 
 constexpr uint32_t kProtocolVersion = 1;

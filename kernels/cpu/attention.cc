@@ -306,18 +306,18 @@ int64_t AttentionScratchFloats(int64_t max_context) {
 }
 
 void Attention(TensorView qkv, absl::Span<const SequenceRows> sequences, const KvLayer& kv,
-               float scale, TensorView out, AttentionScratch scratch, ThreadPool& pool) {
+               float scale, TensorView out, const AttentionThreads& threads) {
   SLUICE_CHECK(kv.head_dim <= kMaxHeadDim) << kv.head_dim;
   const int64_t num_heads = out.cols / kv.head_dim;
   SLUICE_CHECK(out.cols % kv.head_dim == 0 && num_heads % kv.num_kv_heads == 0) << out.cols;
   SLUICE_CHECK(qkv.cols == out.cols + 2 * kv.num_kv_heads * kv.head_dim) << qkv.cols;
   int64_t rows = 0;
   for (const SequenceRows& sequence : sequences) rows += sequence.num_rows;
-  const Cut cut = MakeCut(num_heads, rows, kv, pool.num_threads());
+  const Cut cut = MakeCut(num_heads, rows, kv, threads.pool.num_threads());
   int64_t pieces = 0;
   for (const SequenceRows& sequence : sequences) pieces += cut.Pieces(sequence);
   const auto attend = HWY_DYNAMIC_DISPATCH(Attend);
-  pool.ParallelFor(pieces, [&](int64_t index, int thread) {
+  threads.pool.ParallelFor(pieces, [&](int64_t index, int thread) {
     // Late rows see the most keys: largest pieces first.
     int64_t piece = pieces - 1 - index;
     size_t s = 0;
@@ -325,9 +325,9 @@ void Attention(TensorView qkv, absl::Span<const SequenceRows> sequences, const K
     QueryGroup group = GroupAt(cut, sequences[s], piece, qkv, out);
     const int64_t stride =
         ScoreStride(*std::max_element(group.counts.begin(), group.counts.begin() + group.size));
-    SLUICE_CHECK(stride * kMaxQueries <= scratch.stride) << "a context exceeds Reserve";
+    SLUICE_CHECK(stride * kMaxQueries <= threads.stride) << "a context exceeds Reserve";
     for (int64_t i = 0; i < group.size; ++i)
-      group.scores[i] = scratch.data + thread * scratch.stride + i * stride;
+      group.scores[i] = threads.scratch + thread * threads.stride + i * stride;
     attend(group, kv, scale);
   });
 }

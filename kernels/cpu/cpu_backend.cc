@@ -189,9 +189,9 @@ void CpuBackend::PagedAttention(TensorView qkv, absl::Span<const SequenceRows> s
                                 const KvLayer& kv, float scale, TensorView out) {
   CheckShape(qkv, out.rows, qkv.cols);
   CheckShape(out, out.rows, out.cols);
-  const AttentionScratch scratch = {attention_.as<float>(),
-                                    attention_.bytes() / kFloatBytes / pool_.num_threads()};
-  Attention(qkv, sequences, kv, scale, out, scratch, pool_);
+  Attention(
+      qkv, sequences, kv, scale, out,
+      {pool_, attention_.as<float>(), attention_.bytes() / kFloatBytes / pool_.num_threads()});
 }
 
 void CpuBackend::LmHead(const Norm& norm, TensorView x, absl::Span<const int64_t> rows,

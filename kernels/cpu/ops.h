@@ -44,13 +44,14 @@ void RopeAndWrite(TensorView qkv, const RopeRows* rope, absl::Span<const Sequenc
 // Memory that Attention needs per thread, in floats, for contexts of up to max_context.
 int64_t AttentionScratchFloats(int64_t max_context);
 
-// attention.cc. `scratch` holds scratch_stride floats per thread.
-struct AttentionScratch {
-  float* data = nullptr;
+// attention.cc. The threads that share an attention, and `stride` floats of scratch for each.
+struct AttentionThreads {
+  ThreadPool& pool;
+  float* scratch = nullptr;
   int64_t stride = 0;
 };
 void Attention(TensorView qkv, absl::Span<const SequenceRows> sequences, const KvLayer& kv,
-               float scale, TensorView out, AttentionScratch scratch, ThreadPool& pool);
+               float scale, TensorView out, const AttentionThreads& threads);
 
 // The cache of one layer on the CPU. A block of one KV head holds v as [block_size, head_dim] and k
 // turned to [head_dim, block_size]: 16 neighbouring keys are then one vector, and a score is a

@@ -17,16 +17,8 @@ void TurnHead(const float* cos, const float* sin, int64_t half_dim, float* head)
   }
 }
 
-// One row: turn q and k, then copy k (turned to [head_dim, block_size]) and v to slot `slot` of
-// `block`.
-void WriteRow(float* qkv, int64_t num_heads, const float* cos, const float* sin, int64_t half_dim,
-              const KvLayer& kv, uint32_t block, int64_t slot) {
-  if (cos != nullptr) {
-    for (int64_t head = 0; head < num_heads + kv.num_kv_heads; ++head) {
-      TurnHead(cos, sin, half_dim, qkv + head * kv.head_dim);
-    }
-  }
-  const float* k = qkv + num_heads * kv.head_dim;
+// One row's k (turned to [head_dim, block_size]) and v behind it to slot `slot` of `block`.
+void WriteKv(const float* k, const KvLayer& kv, uint32_t block, int64_t slot) {
   const float* v = k + kv.num_kv_heads * kv.head_dim;
   for (int64_t head = 0; head < kv.num_kv_heads; ++head) {
     const KvBlock to = KvBlockAt(kv, block, head);
@@ -58,20 +50,23 @@ void RopeAndWrite(TensorView qkv, const RopeRows* rope, absl::Span<const Sequenc
   SLUICE_CHECK(2 * half_dim <= kv.head_dim) << half_dim;
   const int64_t rows_per_piece = std::max<int64_t>(1, kFloatsPerPiece / 2 / qkv.cols);
   for (const SequenceRows& sequence : sequences) {
-    pool.ParallelFor((sequence.num_rows + rows_per_piece - 1) / rows_per_piece, [&](int64_t piece,
-                                                                                    int) {
-      const int64_t end = std::min(sequence.num_rows, (piece + 1) * rows_per_piece);
-      for (int64_t i = piece * rows_per_piece; i < end; ++i) {
-        const int64_t m = sequence.row_begin + i;
-        const int64_t position = sequence.start_pos + i;
-        const uint32_t block = sequence.block_table[position / kv.block_size];
-        SLUICE_CHECK(block < kv.num_blocks)
-            << "block " << block << " beyond the pool of " << kv.num_blocks;
-        const float* cos = rope == nullptr ? nullptr : rope->cos + m * half_dim;
-        const float* sin = rope == nullptr ? nullptr : rope->sin + m * half_dim;
-        WriteRow(qkv.Row(m), num_heads, cos, sin, half_dim, kv, block, position % kv.block_size);
-      }
-    });
+    pool.ParallelFor(
+        (sequence.num_rows + rows_per_piece - 1) / rows_per_piece, [&](int64_t piece, int) {
+          const int64_t end = std::min(sequence.num_rows, (piece + 1) * rows_per_piece);
+          for (int64_t i = piece * rows_per_piece; i < end; ++i) {
+            const int64_t m = sequence.row_begin + i;
+            const int64_t position = sequence.start_pos + i;
+            const uint32_t block = sequence.block_table[position / kv.block_size];
+            SLUICE_CHECK(block < kv.num_blocks)
+                << "block " << block << " beyond the pool of " << kv.num_blocks;
+            float* row = qkv.Row(m);
+            for (int64_t head = 0; rope != nullptr && head < num_heads + kv.num_kv_heads; ++head) {
+              TurnHead(rope->cos + m * half_dim, rope->sin + m * half_dim, half_dim,
+                       row + head * kv.head_dim);
+            }
+            WriteKv(row + num_heads * kv.head_dim, kv, block, position % kv.block_size);
+          }
+        });
   }
 }
 

@@ -13,7 +13,7 @@ TimePoint Now() { return std::chrono::steady_clock::now(); }
 
 }  // namespace
 
-void ControllerLoop::SetModel(std::shared_ptr<const ServedModel> model) {
+void ControllerLoop::SetModel(const std::shared_ptr<const ServedModel>& model) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     model_ = model;

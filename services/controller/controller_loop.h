@@ -52,7 +52,7 @@ class ControllerLoop final : public WorkerListener,
 
   // All thread-safe:
 
-  void SetModel(std::shared_ptr<const ServedModel> model);
+  void SetModel(const std::shared_ptr<const ServedModel>& model);
   // There is no model yet, and why.
   void OnModelRefused(const absl::Status& status);
   // Handles are never used again.

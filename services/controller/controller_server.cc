@@ -45,10 +45,9 @@ std::string Dialled(const std::string& listen) {
   return wildcard ? absl::StrCat(HostName(), listen.substr(host.size())) : listen;
 }
 
-absl::StatusOr<std::unique_ptr<rpc::ServerRunner>> Listen(const std::string& address,
-                                                          rpc::ServerOptions options,
-                                                          std::vector<grpc::Service*> services,
-                                                          std::string* bound) {
+absl::StatusOr<std::unique_ptr<rpc::ServerRunner>> Listen(
+    const std::string& address, rpc::ServerOptions options,
+    const std::vector<grpc::Service*>& services, std::string* bound) {
   options.addresses = {address};
   auto runner = rpc::ServerRunner::Start(options, services);
   if (runner.ok()) {
@@ -78,7 +77,7 @@ absl::StatusOr<std::unique_ptr<ControllerServer>> ControllerServer::Start(
                                                           : options.internal_advertise);
   server->catalog_ = std::make_unique<ModelCatalog>(
       options.loop.coordinator.loader_address, options.model_name,
-      [self](std::shared_ptr<const ServedModel> model) { self->loop_->SetModel(std::move(model)); },
+      [self](const std::shared_ptr<const ServedModel>& model) { self->loop_->SetModel(model); },
       [self](const absl::Status& status) { self->loop_->OnModelRefused(status); });
   if (absl::Status status = server->WriteAddressFile(options.address_file); !status.ok()) {
     return status;

@@ -39,9 +39,9 @@ class ModelCatalog {
   using OnModel = std::function<void(std::shared_ptr<const ServedModel>)>;
   using OnError = std::function<void(const absl::Status&)>;
 
-  // `name`: empty = from the loader. Asks again and again until the loader answers with a model that
-  // can be served, then calls `on_model` once; before that `on_error` for each new error. Both on a
-  // thread of its own, which stops at destruction.
+  // `name`: empty = from the loader. Asks again and again until the loader answers with a model
+  // that can be served, then calls `on_model` once; before that `on_error` for each new error. Both
+  // on a thread of its own, which stops at destruction.
   ModelCatalog(const std::string& loader_address, const std::string& name, OnModel on_model,
                OnError on_error);
   ~ModelCatalog();

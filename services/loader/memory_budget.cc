@@ -4,7 +4,7 @@
 
 namespace sluice::loader {
 
-MemoryBudget::Share MemoryBudget::Acquire(uint64_t bytes, std::stop_token stop) {
+MemoryBudget::Share MemoryBudget::Acquire(uint64_t bytes, const std::stop_token& stop) {
   std::unique_lock<std::mutex> lock(mutex_);
   const uint64_t ticket = next_ticket_++;
   waiting_.push_back(ticket);

@@ -41,7 +41,7 @@ class MemoryBudget {
 
   // Waits until `bytes` fit; more than the whole capacity is granted when nothing else is held. An
   // empty share when `stop` was requested. The budget must outlive the share.
-  Share Acquire(uint64_t bytes, std::stop_token stop);
+  Share Acquire(uint64_t bytes, const std::stop_token& stop);
 
  private:
   void Release(uint64_t bytes);

@@ -13,7 +13,6 @@ namespace {
 
 using internal::v1::FetchRequest;
 using internal::v1::FetchResponse;
-using internal::v1::TensorSpec;
 
 constexpr char kHeadName[] = "lm_head.weight";
 constexpr char kTableName[] = "embed_tokens.weight";
@@ -54,7 +53,7 @@ absl::StatusOr<std::unique_ptr<ShardSource>> ShardSource::Open(
   source->Select(request);
   SLUICE_RETURN_IF_ERROR(source->Resume(request));
   source->converter_ =
-      std::jthread([self = source.get()](std::stop_token stop) { self->Convert(stop); });
+      std::jthread([self = source.get()](const std::stop_token& stop) { self->Convert(stop); });
   return source;
 }
 
@@ -99,7 +98,7 @@ uint64_t ShardSource::BytesOf(const Unit& unit) const {
 }
 
 // Runs on converter_.
-void ShardSource::Convert(std::stop_token stop) {
+void ShardSource::Convert(const std::stop_token& stop) {
   for (size_t i = first_; i < units_.size(); ++i) {
     if (IsPlain(units_[i])) continue;
     {

@@ -63,7 +63,7 @@ class ShardSource {
   absl::Status Resume(const internal::v1::FetchRequest& request);
   bool IsPlain(const Unit& unit) const;
   uint64_t BytesOf(const Unit& unit) const;
-  void Convert(std::stop_token stop);
+  void Convert(const std::stop_token& stop);
   absl::Status TakeConverted();
 
   const checkpoint::Checkpoint& checkpoint_;

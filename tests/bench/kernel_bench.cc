@@ -35,12 +35,12 @@ constexpr Shape kSmolShapes[] = {{"smol_qkv", 960, 576},
                                  {"smol_down", 576, 1536}};
 constexpr Shape kHead = {"smol_head", 49152, 576};
 constexpr Shape kOpt = {"opt_6.7b", 4096, 4096};
-constexpr Format kQ4_1 = {"q4_1", QuantFormat::kInt4Offset, DType::kF16, 32};
-constexpr Format kQ8_0 = {"q8_0", QuantFormat::kInt8, DType::kF16, 32};
+constexpr Format kQ41 = {"q4_1", QuantFormat::kInt4Offset, DType::kF16, 32};
+constexpr Format kQ80 = {"q8_0", QuantFormat::kInt8, DType::kF16, 32};
 constexpr Format kFormats[] = {{"gptq_g128", QuantFormat::kInt4Zero, DType::kF16, 128},
-                               kQ4_1,
+                               kQ41,
                                {"nf4_g64", QuantFormat::kTable4, DType::kF32, 64},
-                               kQ8_0,
+                               kQ80,
                                {"f16", QuantFormat::kPlain, DType::kF16, 0},
                                {"bf16", QuantFormat::kPlain, DType::kBF16, 0}};
 
@@ -150,8 +150,8 @@ void Register() {
       ->Arg(2)
       ->ArgName("threads")
       ->UseRealTime();
-  for (const Shape& shape : kSmolShapes) add(shape, kQ4_1);
-  add(kHead, kQ8_0);
+  for (const Shape& shape : kSmolShapes) add(shape, kQ41);
+  add(kHead, kQ80);
   for (const Format& format : kFormats) add(kOpt, format);
   benchmark::RegisterBenchmark("smol_attention", AttentionBench)
       ->ArgsProduct({{1}, threads, {128, 512, 2048}})

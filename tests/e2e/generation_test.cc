@@ -13,9 +13,9 @@ namespace {
 
 using ::testing::ElementsAreArray;
 
-// The longest run of greedy ids whose two best logits are never closer than the engine's bound allows
-// to judge, and the ids before it as the prompt (the teacher-forced comparison of every id is
-// tests/worker/engine/golden_test.cc).
+// The longest run of greedy ids whose two best logits are never closer than the engine's bound
+// allows to judge, and the ids before it as the prompt (the teacher-forced comparison of every id
+// is tests/worker/engine/golden_test.cc).
 Golden LongestClearRun(const Golden& golden) {
   constexpr float kClearGap = 0.04f;  // Twice golden_test's larger bound
   size_t begin = 0, length = 0;

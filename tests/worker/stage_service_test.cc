@@ -63,7 +63,7 @@ class StageServiceTest : public ::testing::Test {
   void OpenSession(uint32_t stage, uint32_t stages) {
     ASSERT_TRUE(service_.Promise(kEpoch).ok());
     engine_ = std::make_unique<FakeEngine>(FakeAssignment(stage, stages), kWords);
-    loop_ = std::make_unique<StepLoop>(engine_.get(), &sink_, [](absl::Status) {});
+    loop_ = std::make_unique<StepLoop>(engine_.get(), &sink_, [](const absl::Status&) {});
     StageService::Session session;
     session.stage = stage;
     session.stages = stages;

@@ -59,7 +59,7 @@ internal::v1::TokenFrame Sampled(uint64_t step, uint32_t token) {
   return frame;
 }
 
-void NoError(absl::Status status) { ADD_FAILURE() << status; }
+void NoError(const absl::Status& status) { ADD_FAILURE() << status; }
 
 TEST(StepLoop, OneStageRunsAheadWithoutARing) {
   FakeEngine engine(FakeAssignment(0, 1), 2);
@@ -142,7 +142,7 @@ TEST(StepLoop, ReportsAFailedStepOnceAndStopsComputing) {
   FakeEngine engine(FakeAssignment(0, 1), 1);
   FakeSink sink;
   std::promise<absl::Status> error;
-  StepLoop loop(&engine, &sink, [&](absl::Status status) { error.set_value(status); });
+  StepLoop loop(&engine, &sink, [&](const absl::Status& status) { error.set_value(status); });
   ASSERT_TRUE(loop.Push(Work(1, {FakeEngine::kPoison - 1})).ok());
   ASSERT_TRUE(loop.Push(Work(2, {FakeEngine::kPoison - 1})).ok());
   const absl::Status status = error.get_future().get();

@@ -31,7 +31,7 @@ TEST(MemoryBudgetTest, StopEndsTheWaitAndTheNextIsServed) {
   MemoryBudget::Share first = budget.Acquire(10, std::stop_token());
   std::atomic<bool> second_granted = false, third_granted = false;
   std::jthread second(
-      [&](std::stop_token stop) { second_granted = bool(budget.Acquire(10, stop)); });
+      [&](const std::stop_token& stop) { second_granted = bool(budget.Acquire(10, stop)); });
   std::jthread third([&] { third_granted = bool(budget.Acquire(10, std::stop_token())); });
   second.request_stop();
   second.join();

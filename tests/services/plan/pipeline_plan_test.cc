@@ -127,7 +127,7 @@ TEST(PipelinePlan, AutoIsTheBestCutByBruteForce) {
     auto plan = PlanDeviceMap(model, memory, Mode(MapMode::kAuto));
     ASSERT_TRUE(plan.ok()) << plan.status();
     const ModelCosts costs = CostsOf(model, PlanOptions());
-    auto largest = [&](std::vector<uint32_t> ends) {
+    auto largest = [&](const std::vector<uint32_t>& ends) {
       uint64_t bytes = 0;
       uint32_t begin = 0;
       for (uint32_t end : ends) {
