@@ -5,19 +5,18 @@
 // input), and its k columns into the groups that share a scale. Tiles follow each other; a tile is
 // a list of blocks, one a group, so that a product reads memory in order:
 //
-//   tile t:   | block of group 0 | block of group 1 | ... |        block_bytes each; the last may
-//   be shorter block:    | header | codes | header    4- and 8-bit: scale[16], then for kInt4Zero
-//   zero[16], for kInt4Offset offset[16]; float16 when that loses nothing
-//             (half_params), else float32; padded to 64 bytes. kPlain has none and one group of k
-//             columns.
-//   codes     4-bit: ceil(columns / 8) words of 16 x uint32: bits 4j..4j+3 of lane i = code of row
-//   i, column 8w + j
-//             kInt8: columns x int8[16]      kPlain: columns x element[16] of plain_dtype
+//   tile t:  | block of group 0 | block of group 1 | ... |   block_bytes each; the last may be less
+//   block:   | header | codes |
+//   header   4- and 8-bit: scale[16], then zero[16] for kInt4Zero or offset[16] for kInt4Offset;
+//            float16 when that loses nothing (half_params), else float32; padded to 64 bytes.
+//            kPlain has none, and one group of k columns.
+//   codes    4-bit: ceil(columns / 8) words of 16 x uint32: bits 4j..4j+3 of lane i hold the code
+//            of row i, column 8w + j
+//            kInt8: columns x int8[16]      kPlain: columns x element[16] of plain_dtype
 //
 // Example: rows 0 and 1 of a kInt4Offset matrix with codes 1 2 3 ... 8 and 9 9 9 ... 9, group size
-// 8, float16 scales:
-//   block = 16 halves of scales, 16 halves of offsets, then uint32 0x87654321 0x99999999 and 14
-//   zero lanes: 128 bytes.
+// 8, float16 scales: 16 halves of scales, 16 halves of offsets, then uint32 0x87654321 0x99999999
+// and 14 zero lanes: 128 bytes.
 //
 // Rows beyond n have scale, offset and elements 0, so they give 0. Columns beyond a group are never
 // read. With act-order (perm), column i of a part takes input perm[i].

@@ -3,8 +3,8 @@
 // library's matrix product, and the check of every packed layout. It moves (bits of a code / 8 + 2)
 // bytes a weight and computes next to nothing, so memory bandwidth bounds it.
 //
-// Example: int4_zero, n = 1, k = 4, group_size = 2, codes 0x21 0x43, scales 0.5 2, zeros 0 3 -> 0.5
-// 1 0 2.
+// Example: int4_zero, n = 1, k = 4, group_size = 2, codes 0x21 0x43, scales 0.5 2, zeros 0 3 gives
+// 0.5 1 0 2.
 #pragma once
 
 #include <cuda_fp16.h>

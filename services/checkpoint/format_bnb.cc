@@ -1,17 +1,18 @@
 // bitsandbytes 4-bit linears (W is [N, K], flattened by row):
 //
-//   weight                        any dtype, ceil(N*K/2) bytes: byte j holds element 2j in its HIGH
-//   nibble weight.absmax                 float32 [blocks], or uint8 [blocks] when nested; blocks =
-//   ceil(N*K / blocksize) weight.quant_map              float32 [16], the code table
-//   weight.nested_absmax          float32 [ceil(blocks / nested_blocksize)]
-//   weight.nested_quant_map       float32 [256]
-//   weight.quant_state.bitsandbytes__nf4 (fp4)   JSON: quant_type, blocksize, shape, dtype,
-//   nested_blocksize, nested_offset
+//   weight                    any dtype, ceil(N*K/2) bytes: byte j has element 2j in its HIGH nibble
+//   weight.absmax             float32 [blocks], or uint8 [blocks] when nested;
+//                             blocks = ceil(N*K / blocksize)
+//   weight.quant_map          float32 [16], the code table
+//   weight.nested_absmax      float32 [ceil(blocks / nested_blocksize)]
+//   weight.nested_quant_map   float32 [256]
+//   weight.quant_state.bitsandbytes__nf4 (or fp4)   JSON: quant_type, blocksize, shape, dtype,
+//                             nested_blocksize, nested_offset
 //
-// Nested: absmax[i] = nested_quant_map[u8[i]] * nested_absmax[i / nested_blocksize] +
-// nested_offset. w = quant_map[code] * absmax[element / blocksize]. Blocks run over the flattened
-// weight; where K is no multiple of the block size the canonical group is their greatest common
-// divisor, with scales repeated, so that no group crosses a row.
+// Nested: absmax[i] = nested_quant_map[u8[i]] * nested_absmax[i / nested_blocksize] + nested_offset.
+// w = quant_map[code] * absmax[element / blocksize]. Blocks run over the flattened weight; where K
+// is no multiple of the block size the canonical group is their greatest common divisor, with scales
+// repeated, so that no group crosses a row.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -2,8 +2,8 @@
 //
 //   8 bytes  header length h, little-endian
 //   h bytes  JSON {"name": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]},
-//   "__metadata__": {...}} rest     the data; offsets count from here, are contiguous and cover it
-//   exactly
+//                  "__metadata__": {...}}
+//   rest     the data; offsets count from here, are contiguous and cover it exactly
 //
 // Caps: header 25 MB, 100,000 tensors, name 512 bytes, JSON depth 32, 1,000 shards. Headers alone
 // are read here; data comes through Read(). Thread-safe after opening.

@@ -1,10 +1,9 @@
 // Coordinator: from attached workers to a pipeline that serves, and back when one is lost. A state
 // machine without threads, clock or gRPC; owned by the controller's loop.
 //
-//   waiting ──all expected workers──► loading(epoch) ──all ready──► connecting ──stream open──►
-//   serving
-//      ▲                                   │                            │ │ └───────────── a worker
-//      of the plan is lost or faults, a stream breaks, a step hangs ───────┘
+//   waiting ─ all workers ─► loading(epoch) ─ all ready ─► connecting ─ stream open ─► serving
+//      ▲                           │                           │                          │
+//      └─── a worker of the plan is lost or faults, a stream breaks, a step hangs ────────┘
 //
 // Each plan has a new epoch, higher than any that an attached worker has seen. On a loss the other
 // workers get a halt, keep their weights, and are configured again when all expected workers are

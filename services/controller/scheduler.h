@@ -6,16 +6,16 @@
 // steps come out of NextStep() and results out of TakeEvents(). Owned by one thread.
 //
 //   microbatch slots  S = stages. Every sequence that decodes belongs to one slot, evenly. A step
-//   holds the decodes of
-//                     its slot, then prefill chunks of the oldest prompts, within max_batch_tokens.
+//                     holds the decodes of its slot, then prefill chunks of the oldest prompts,
+//                     within max_batch_tokens.
 //   in flight         at most 2 steps of a slot and S + 1 steps in all: each stage computes one and
-//   one waits. running ahead     a decode whose last token is not back yet is sent with
-//   sampled_by_step. blocks            reserved at admission for prompt + max_tokens, so nothing is
-//   ever preempted; free again as soon as
-//                     the sequence ends: steps are in order on every stage, so a later step may
-//                     write them.
+//                     one waits.
+//   running ahead     a decode whose last token is not back yet is sent with sampled_by_step.
+//   blocks            reserved at admission for prompt + max_tokens, so nothing is ever preempted;
+//                     free again as soon as the sequence ends: steps are in order on every stage, so
+//                     a later step may write them.
 //   release           ended sequences are named in the next step; when nothing else is to do, in a
-//   step without rows.
+//                     step without rows.
 #pragma once
 
 #include <chrono>

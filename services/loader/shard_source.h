@@ -3,8 +3,9 @@
 // own and within a MemoryBudget; plain ones are read part by part and never held.
 //
 //   tensor "layers.0.self_attn.q_proj.weight", 2.5 MiB of planes:
-//     part 0: spec, offset 0, 1 MiB     part 1: offset 1 MiB, 1 MiB     part 2: offset 2 MiB, 0.5
-//     MiB, last
+//     part 0: spec, offset 0, 1 MiB
+//     part 1: offset 1 MiB, 1 MiB
+//     part 2: offset 2 MiB, 0.5 MiB, last
 //
 // Order: embedding, layers, final norm and head; with tied embeddings the embedding table follows
 // as "lm_head.weight".

@@ -3,11 +3,11 @@
 //
 //   default   f_i
 //   linear    f_i / factor
-//   dynamic   theta' ^ (-2i/d), theta' = theta * (factor * L / original - (factor - 1)) ^ (d / (d -
-//   2)),
+//   dynamic   theta' ^ (-2i/d),
+//             theta' = theta * (factor * L / original - (factor - 1)) ^ (d / (d - 2)),
 //             L = max(length, original), length = tokens of the sequence when the row is computed
-//   llama3    wavelength w = 2 pi / f_i:  w < original / high: f_i;  w > original / low: f_i /
-//   factor;
+//   llama3    with the wavelength w = 2 pi / f_i:
+//             w < original / high: f_i;   w > original / low: f_i / factor;
 //             between: ((1 - s) / factor + s) * f_i, s = (original / w - low) / (high - low)
 //
 // Computed in double, kept as float. Immutable.

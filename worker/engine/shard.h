@@ -4,9 +4,10 @@
 // The builder knows from the ModelConfig which tensors a shard has and which of them are uploaded
 // together:
 //
-//   q, k, v        stacked along n, weights and biases     [(num_heads + 2 * num_kv_heads) *
-//   head_dim, hidden_size] gate, up       stacked along n (Llama)                 [2 *
-//   intermediate_size, hidden_size] all others     alone
+//   q, k, v      stacked along n, weights and biases
+//                [(num_heads + 2 * num_kv_heads) * head_dim, hidden_size]
+//   gate, up     stacked along n (Llama)   [2 * intermediate_size, hidden_size]
+//   all others   alone
 //
 // The host copy of a tensor is freed as soon as its group is on the device.
 #pragma once
