@@ -45,8 +45,8 @@ struct CodeTable {
 #if HWY_TARGET <= HWY_AVX3
   explicit CodeTable(const float* table) : values(hn::Load(DF(), table)) {}
   HWY_INLINE VF Get(VU words) const {
-#if HWY_IS_DEBUG_BUILD  // The instruction looks at 4 bits only; Highway's debug check does not \
-                        // know.
+#if HWY_IS_DEBUG_BUILD
+    // The instruction looks at 4 bits only; Highway's debug check does not know.
     words = hn::And(words, hn::Set(DU(), 15));
 #endif
     return hn::TableLookupLanes(values, hn::IndicesFromVec(DF(), words));
