@@ -231,8 +231,7 @@ absl::StatusOr<std::unique_ptr<StageLink>> StageLink::Open(
   if (!Connect(controller.get(), kTcpPatience, cancellation)) {
     return absl::UnavailableError("cannot reach the controller at " + address);
   }
-  return std::unique_ptr<StageLink>(
-      new TokenLink(std::move(controller), std::move(next), on_break));
+  return std::unique_ptr<StageLink>(new TokenLink(controller, std::move(next), on_break));
 }
 
 }  // namespace sluice::worker

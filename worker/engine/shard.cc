@@ -3,13 +3,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "kernels/core/status_macros.h"
+#include "worker/engine/decoder_layer.h"
 
 namespace sluice::worker {
 namespace {
 
 using internal::v1::ModelConfig;
 
-constexpr int kOptPositionRows = 2;  // The table has two rows before position 0
 constexpr int kMaxNamesInError = 8;
 
 absl::Status TensorError(const std::string& name, const std::string& rule) {
@@ -134,7 +134,7 @@ void ShardBuilder::ExpectEnds() {
   if (assignment_.has_embedding()) {
     ExpectMatrix({{"embed_tokens", vocab}}, width, &shard_->embed_tokens);
     if (opt) {
-      ExpectMatrix({{"embed_positions", config.max_position_embeddings() + kOptPositionRows}},
+      ExpectMatrix({{"embed_positions", config.max_position_embeddings() + kOptFirstPositionRow}},
                    hidden, &shard_->embed_positions);
     }
     if (width != hidden) {
