@@ -34,15 +34,16 @@ absl::StatusOr<std::unique_ptr<KvCache>> KvCache::Create(const KvShape& shape, B
   }
   auto cache = std::make_unique<KvCache>();
   for (int64_t i = 0; i < shape.num_layers; ++i) {
-    SLUICE_ASSIGN_OR_RETURN(auto buffer, backend->Allocate(static_cast<int64_t>(2 * half)));
-    auto* keys = static_cast<uint8_t*>(buffer->data());
-    cache->layers_.push_back({.k = keys,
-                              .v = keys + half,
+    SLUICE_ASSIGN_OR_RETURN(auto keys, backend->Allocate(static_cast<int64_t>(half)));
+    SLUICE_ASSIGN_OR_RETURN(auto values, backend->Allocate(static_cast<int64_t>(half)));
+    cache->layers_.push_back({.k = keys->data(),
+                              .v = values->data(),
                               .num_blocks = shape.num_blocks,
                               .block_size = shape.block_size,
                               .num_kv_heads = shape.num_kv_heads,
                               .head_dim = shape.head_dim});
-    cache->buffers_.push_back(std::move(buffer));
+    cache->buffers_.push_back(std::move(keys));
+    cache->buffers_.push_back(std::move(values));
   }
   cache->bytes_ = total;
   return cache;

@@ -1,7 +1,7 @@
 // KvCache: the pool of KV blocks of a stage's layers in device memory. A block id means the same
 // slots in every layer; which sequence a block belongs to is the sequence table's business.
 //
-// A layer's buffer holds its keys, then its values, each [num_blocks, num_kv_heads, block_size *
+// A layer has a buffer of keys and one of values, each [num_blocks, num_kv_heads, block_size *
 // head_dim]; how a block and head lies inside is the backend's own.
 #pragma once
 

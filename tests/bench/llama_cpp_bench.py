@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The peer: llama.cpp (llama-cpp-python) on the same file, the same threads and the same token ids as service_bench.
 
-usage: llama_cpp.py MODEL THREADS      prints one JSON line
+usage: llama_cpp_bench.py MODEL THREADS      prints one JSON line
 """
 import json
 import statistics
