@@ -14,6 +14,7 @@ work=$(mktemp -d)
 trap 'git worktree remove --force "$work/tree"; rm -rf "$work"' EXIT
 git worktree add -q --detach "$work/tree" HEAD
 cd "$work/tree"
+export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
 
 build_and_test() {
   ninja -C build "${TARGETS[@]}" > "$work/build.log" 2>&1 || { tail -20 "$work/build.log"; echo "it does not compile"; exit 1; }

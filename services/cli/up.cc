@@ -30,7 +30,7 @@ void AddModelFlags(CLI::App& command, UpOptions* options) {
   rpc::AddFlag(command, "max-memory", &options->max_memory,
                "Memory by device, e.g. 0=10GiB,1=8GiB; default: equal parts of this machine's");
   rpc::AddFlag(command, "dtype", &options->dtype,
-               "Type of activations and KV cache: auto is float32 on CPU, float16 on GPU");
+               "Type of activations and KV cache: auto or float32, in which CPU workers compute");
   rpc::AddFlag(command, "max-model-len", &options->max_model_len,
                "Longest context, prompt and answer, in tokens; 0: the model's");
   rpc::AddFlag(command, "max-batch-size", &options->max_batch_size,

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <string>
 
+#include "absl/strings/str_cat.h"
 #include "services/controller/controller_server.h"
 #include "services/rpc/flags.h"
 #include "services/rpc/log.h"
@@ -55,7 +56,7 @@ void AddModelFlags(CLI::App& app, Flags* flags) {
   rpc::AddFlag(app, "max-memory", &flags->max_memory,
                "Memory by device, e.g. 0=10GiB,1=8GiB,cpu=30GiB; default: what the workers say");
   rpc::AddFlag(app, "dtype", &flags->dtype,
-               "Type of activations and KV cache: auto (float32 on CPU, float16 on GPU)");
+               "Type of activations and KV cache: auto or float32, in which CPU workers compute");
   rpc::AddFlag(app, "max-model-len", &coordinator.plan.max_model_len,
                "Longest context, prompt and answer, in tokens; 0: the model's");
   rpc::AddFlag(app, "max-batch-size", &coordinator.plan.max_batch_size,
@@ -101,9 +102,10 @@ absl::Status ParseModelFlags(Flags* flags) {
     }
     coordinator.max_memory = *std::move(max_memory);
   }
-  if (flags->dtype != "auto") {
-    return absl::InvalidArgumentError(
-        "--dtype: only auto is supported: float32 on CPU workers, float16 on GPU workers");
+  if (flags->dtype != "auto" && flags->dtype != "float32" && flags->dtype != "float") {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--dtype ", flags->dtype,
+        " is not supported: CPU workers compute in float32; write auto or float32"));
   }
   flags->controller.generation.longest_request =
       std::chrono::milliseconds(flags->longest_request_ms);
