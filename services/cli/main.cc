@@ -17,6 +17,7 @@ int main(int argc, char** argv) {
   sluice::cli::AddPlanCommand(app, &exit_code);
   sluice::cli::AddInspectCommand(app, &exit_code);
   sluice::cli::AddMapCommand(app, &exit_code);
+  sluice::cli::AddEvalCommand(app, &exit_code);
   sluice::cli::AddGenerateCommand(app, &exit_code);
   sluice::cli::AddChatCommand(app, &exit_code);
   app.add_subcommand("version", "Print the version")->callback([] {

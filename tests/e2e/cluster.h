@@ -47,6 +47,7 @@ class Cluster {
   std::unique_ptr<v1::ModelService::Stub> Model() const;
   std::unique_ptr<v1::AdminService::Stub> Admin() const;
   std::shared_ptr<grpc::Channel> PublicChannel() const;
+  const std::string& public_address() const { return public_address_; }
 
   // Streams one request of greedy decoding unless `request` says otherwise.
   Answer Stream(const v1::StreamGenerateRequest& request, int deadline_seconds = 120) const;

@@ -2,8 +2,14 @@
 // and names it in SLUICE_MODEL.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
 
 #include "tests/e2e/cluster.h"
 
@@ -91,6 +97,27 @@ TEST_F(DefaultModelTest, StopStringsAndPromptLogprobs) {
   EXPECT_EQ(response.choices(0).matched_stop().text(), "answer is");
   EXPECT_EQ(response.usage().prompt_tokens(), 5u);
   EXPECT_GE(response.prompt_logprobs_size(), 4);
+}
+
+// transformers 5.24 in float32 on the same file and windows gives 32.334727 (tests/testdata/README).
+TEST_F(DefaultModelTest, EvalGivesThePerplexityOfTransformers) {
+  Cluster cluster({.model = model_, .workers = 2});
+  ASSERT_TRUE(cluster.WaitReady()) << cluster.Logs();
+  const std::string log = testing::TempDir() + "eval-" + std::to_string(getpid()) + ".log";
+  Process eval(
+      {std::string(SLUICE_BIN) + "/sluice", "eval", "--address", cluster.public_address(), "--file",
+       SLUICE_TESTDATA "/text/perplexity.txt", "--window", "256", "--stride", "64", "--json"},
+      log);
+  ASSERT_EQ(eval.Wait(120), 0) << log;
+  std::ifstream file(log);
+  const std::string output{std::istreambuf_iterator<char>(file), {}};
+  const nlohmann::json result =
+      nlohmann::json::parse(output.substr(std::min(output.find('{'), output.size())), nullptr,
+                            /*allow_exceptions=*/false);
+  ASSERT_TRUE(result.is_object()) << output;
+  EXPECT_EQ(result["tokens"], 750);
+  EXPECT_NEAR(result["perplexity"].get<double>(), 32.334727, 1e-3);
+  std::filesystem::remove(log);
 }
 
 }  // namespace
