@@ -22,6 +22,21 @@ constexpr const char* kSmallFiles[] = {
     "chat_template.jinja", "chat_template.json",      "vocab.json",     "merges.txt",
     "added_tokens.json",   "special_tokens_map.json", "tokenizer.model"};
 
+// What quantized and saved the model, by its own words in config.json.
+std::string WriterOf(const Json& config) {
+  std::vector<std::string> writers;
+  const Json quantizer =
+      config.value(Json::json_pointer("/quantization_config/meta/quantizer"), Json());
+  for (const Json& entry : quantizer.is_array() ? quantizer : Json::array({quantizer})) {
+    if (entry.is_string()) writers.push_back(entry.get<std::string>().substr(0, 64));
+  }
+  if (const auto version = config.find("transformers_version");
+      version != config.end() && version->is_string()) {
+    writers.push_back("transformers " + version->get<std::string>().substr(0, 64));
+  }
+  return absl::StrJoin(writers, ", ");
+}
+
 class HfCheckpoint : public ReaderCheckpoint {
  public:
   static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(ModelDir dir) {
@@ -59,6 +74,8 @@ class HfCheckpoint : public ReaderCheckpoint {
     WarnUnused();
     if (description_.config().dtype().empty()) SetDtypeFromTensors();
     SummarizeQuantization(NameOf(quant_.method), Detail());
+    description_.mutable_quant()->set_symmetric(quant_.symmetric);
+    description_.set_writer(WriterOf(quant_files.config));
     description_.set_model_digest(HexHash(fingerprint_ + set_.fingerprint()));
     const size_t slash = dir_.path().rfind('/');
     description_.set_model_name(dir_.path().substr(slash + 1));

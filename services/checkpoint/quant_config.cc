@@ -134,6 +134,7 @@ absl::Status ParseGptq(const Json& merged, JsonFields* fields, QuantConfig* conf
                        "save the model with pack_dtype int32");
   }
   config->bits = 4;
+  config->symmetric = sym;
   config->zero_is_true = format == "gptq_v2";
   config->packed_zeros = !config->zero_is_true && !sym && WrittenByNewGptqModel(merged);
   const auto dynamic = merged.find("dynamic");
@@ -162,6 +163,7 @@ absl::Status ParseAwq(JsonFields* fields, QuantConfig* config) {
   if (sym)
     config->warnings.push_back("zero_point is false, but AWQ gemm stores zeros: they are used");
   config->bits = 4;
+  config->symmetric = sym;
   config->zero_is_true = true;
   return absl::OkStatus();
 }

@@ -22,6 +22,7 @@ struct QuantConfig {
   // GPTQ v1 written by subtracting a constant from whole words with borrow: undone by an add with
   // carry.
   bool packed_zeros = false;
+  bool symmetric = false;  // As the configuration says; the zeros themselves decide
   bool mixed = false;  // GPTQ "dynamic": group size may differ by module; the tensors tell.
   std::vector<std::string> warnings;
 };

@@ -1,5 +1,5 @@
 // Subcommands of `sluice`. Each function adds one to `app`; when the user chose it, CLI11 runs its
-// callback, which sets `exit_code`. One file each: up.cc, plan_command.cc, map_command.cc,
+// callback, which sets `exit_code`. One file each: up.cc, plan_command.cc, inspect_command.cc,
 // generate.cc, chat.cc.
 #pragma once
 
@@ -13,6 +13,7 @@ inline constexpr char kDefaultAdminAddress[] = "127.0.0.1:50052";
 
 void AddUpCommand(CLI::App& app, int* exit_code);
 void AddPlanCommand(CLI::App& app, int* exit_code);
+void AddInspectCommand(CLI::App& app, int* exit_code);
 void AddMapCommand(CLI::App& app, int* exit_code);
 void AddGenerateCommand(CLI::App& app, int* exit_code);
 void AddChatCommand(CLI::App& app, int* exit_code);

@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
   int exit_code = 0;
   sluice::cli::AddUpCommand(app, &exit_code);
   sluice::cli::AddPlanCommand(app, &exit_code);
+  sluice::cli::AddInspectCommand(app, &exit_code);
   sluice::cli::AddMapCommand(app, &exit_code);
   sluice::cli::AddGenerateCommand(app, &exit_code);
   sluice::cli::AddChatCommand(app, &exit_code);

@@ -177,7 +177,7 @@ TEST_F(ServiceTest, AFullQueueIsRefusedAtOnceAndTheRestIsServed) {
   std::vector<std::thread> clients;
   for (int i = 0; i < 64; ++i) {
     clients.emplace_back([&] {
-      const Answer answer = cluster_->Stream(GreedyRequest(golden_.prompt, 60));
+      const Answer answer = cluster_->Stream(GreedyRequest(golden_.prompt, 200));
       if (answer.status.ok()) {
         ++ok;
       } else if (answer.status.error_code() == grpc::StatusCode::RESOURCE_EXHAUSTED &&

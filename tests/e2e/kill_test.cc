@@ -83,6 +83,8 @@ TEST_P(KillTest, ClientsGetAWholeAnswerOrUnavailable) {
   }
   stop = true;
   for (std::thread& client : clients) client.join();
+  // The controller may have said "serving" in the moment before it noticed the last death.
+  ASSERT_TRUE(cluster.WaitReady(60)) << cluster.Logs();
   const Answer last = cluster.Stream(GreedyRequest(golden.prompt, 64));
   EXPECT_TRUE(last.status.ok()) << last.status.error_message() << cluster.Logs();
   EXPECT_EQ(last.ids, whole.ids);
