@@ -34,6 +34,7 @@ tests/services       | tests/support proto services kernels/core kernels/quant
 tests/support        | proto services worker kernels
 tests/e2e            | tests/support proto services/rpc
 tests/bench          | tests/support tests/e2e proto services worker kernels
+tests/load           | proto
 TABLE
 }
 
@@ -41,7 +42,7 @@ TABLE
 systems() {
   cat << 'SYSTEMS'
 ^grpcpp/|^grpc/|^grpc\+\+/|[.]grpc[.]pb[.]h$ | services/rpc services/controller services/loader services/gateway services/cli worker tests/worker tests/services tests/support tests/e2e tests/bench | gRPC belongs to the shells of the services and of the worker
-[.]pb[.]h$|^google/protobuf/ | services worker tests/worker tests/services tests/support tests/e2e tests/bench | kernels know no messages
+[.]pb[.]h$|^google/protobuf/ | services worker tests/worker tests/services tests/support tests/e2e tests/bench tests/load | kernels know no messages
 ^cuda|^cublas|^cooperative_groups|^mma[.]h$|^nvml|^device_launch|^driver_types | kernels/cuda tests/kernels/cuda | only kernels/cuda knows CUDA
 SYSTEMS
 }
