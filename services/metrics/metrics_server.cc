@@ -81,6 +81,7 @@ class HttpMetricsServer final : public MetricsServer {
   }
 
   int port() const override { return port_; }
+  std::string address() const override { return absl::StrCat(host_, ":", port_); }
 
  private:
   const std::string host_;

@@ -25,6 +25,8 @@ class MetricsServer {
   virtual ~MetricsServer() = default;
 
   virtual int port() const = 0;
+  // "host:port" with the port that was chosen.
+  virtual std::string address() const = 0;
 };
 
 }  // namespace sluice::metrics
