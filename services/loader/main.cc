@@ -114,9 +114,10 @@ absl::Status Serve(const Flags& flags) {
     SLUICE_RETURN_IF_ERROR(WriteAddress(flags.address_file, address));
   }
   server->SetReady(true);
-  rpc::LogInfo("listening",
-               {{"address", address},
-                {"metrics", metrics_server == nullptr ? "" : metrics_server->address()}});
+  rpc::LogInfo("listening", {{"address", address}});
+  if (metrics_server != nullptr) {
+    rpc::LogInfo("metrics_listening", {{"address", metrics_server->address()}});
+  }
   std::unique_lock<std::mutex> lock(mutex);
   changed.wait(lock, [&stopped] { return stopped; });
   server->Shutdown(/*grace_ms=*/1000);
