@@ -159,8 +159,7 @@ void ControllerMetrics::CollectRequests(metrics::Page* page) const {
       {"request_generation_tokens", "Tokens of a finished answer.", &answer_generation_tokens},
       {"request_params_n", "Answers that a request asks for.", &params_n},
       {"request_params_max_tokens", "max_tokens of a request.", &params_max_tokens},
-      {"iteration_tokens_total", "Tokens, of prompts and of answers, computed in a step.",
-       &step_tokens},
+      {"iteration_tokens", "Tokens, of prompts and of answers, computed in a step.", &step_tokens},
   };
   for (const auto& [name, help, histogram] : histograms) {
     page->AddHistogram(absl::StrCat("sluice_", name), help, *histogram);
