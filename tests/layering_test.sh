@@ -17,19 +17,20 @@ kernels/backend      | kernels/core kernels/quant kernels/sampling
 kernels/cpu          | kernels/core kernels/quant kernels/sampling kernels/backend
 kernels/cuda         | kernels/core kernels/quant kernels/sampling kernels/backend
 services/rpc         | proto
+services/metrics     |
 services/text        | proto
 services/checkpoint  | proto kernels/core kernels/quant
 services/plan        | proto kernels/core kernels/quant services/checkpoint/hf_config.h
-services/controller  | proto services/rpc services/text services/plan
-services/loader      | proto services/rpc services/checkpoint kernels/core kernels/quant
+services/controller  | proto services/rpc services/metrics services/text services/plan
+services/loader      | proto services/rpc services/metrics services/checkpoint kernels/core kernels/quant
 services/gateway     | proto services/rpc
 services/cli         | proto services/rpc services/text services/checkpoint services/plan
 worker/engine        | proto/sluice/internal kernels/core kernels/quant kernels/sampling kernels/backend
-worker               | proto services/rpc worker/engine kernels/core kernels/quant kernels/sampling kernels/backend
+worker               | proto services/rpc services/metrics worker/engine kernels/core kernels/quant kernels/sampling kernels/backend
 tests/kernels/cpu    | tests/support kernels/core kernels/quant kernels/sampling kernels/backend kernels/cpu
 tests/kernels/cuda   | tests/support kernels/core kernels/quant kernels/sampling kernels/backend kernels/cuda
 tests/kernels        | tests/support kernels
-tests/worker         | tests/support proto services/rpc services/checkpoint worker kernels
+tests/worker         | tests/support proto services/rpc services/metrics services/checkpoint worker kernels
 tests/services       | tests/support proto services kernels/core kernels/quant
 tests/support        | proto services worker kernels
 tests/e2e            | tests/support proto services/rpc
@@ -44,6 +45,7 @@ systems() {
 ^grpcpp/|^grpc/|^grpc\+\+/|[.]grpc[.]pb[.]h$ | services/rpc services/controller services/loader services/gateway services/cli worker tests/worker tests/services tests/support tests/e2e tests/bench | gRPC belongs to the shells of the services and of the worker
 [.]pb[.]h$|^google/protobuf/ | services worker tests/worker tests/services tests/support tests/e2e tests/bench tests/load | kernels know no messages
 ^cuda|^cublas|^cooperative_groups|^mma[.]h$|^nvml|^device_launch|^driver_types | kernels/cuda tests/kernels/cuda | only kernels/cuda knows CUDA
+^prometheus/ | services/metrics | only services/metrics knows prometheus-cpp
 SYSTEMS
 }
 # Folders inside a permitted one that are excluded again.
@@ -184,6 +186,9 @@ self_test() {
   must_fail kernels/cpu/norm.cc '#include <google/protobuf/message.h>' "no messages"
   must_fail kernels/cpu/norm.cc '#include "proto/sluice/internal/v1/shard.pb.h"' "no messages"
   must_fail kernels/cpu/norm.cc '#include <cuda_fp16.h>' "knows CUDA"
+  must_fail worker/main.cc '#include <prometheus/counter.h>' "knows prometheus-cpp"
+  must_fail worker/engine/shard.h '#include "services/metrics/page.h"' "may include only"
+  must_fail services/metrics/page.h '#include "services/rpc/log.h"' "may include only"
   must_fail kernels/cpu/norm.cc '#include "norm.h"' "top of the tree"
   must_fail kernels/cpu/norm.cc '#include "../core/tensor.h"' "top of the tree"
   must_fail kernels/other/x.h '#include "kernels/backend.h"' "no folder of the table"

@@ -11,6 +11,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/core/status_macros.h"
+#include "services/metrics/metrics_server.h"
 #include "services/rpc/flags.h"
 #include "services/rpc/log.h"
 #include "services/rpc/process.h"
@@ -28,6 +29,7 @@ struct Flags {
   std::string device = "cpu";
   int threads = 0;
   std::string memory;
+  std::string metrics_listen;
   std::string log_level = "info";
   bool die_with_parent = false;
   int parent_pid = 0;
@@ -51,6 +53,8 @@ void AddFlags(CLI::App& app, Flags* flags) {
   rpc::AddFlag(app, "memory", &flags->memory,
                "Memory for weights, KV cache and workspace, e.g. 8GiB; default: 90 % of what is "
                "free");
+  rpc::AddFlag(app, "metrics-listen", &flags->metrics_listen,
+               "host:port for Prometheus, GET /metrics; port 0: any; empty: none");
   rpc::AddFlag(app, "log-level", &flags->log_level, "debug, info, warning or error");
   rpc::AddSwitch(app, "die-with-parent", &flags->die_with_parent,
                  "End when the process that started this one ends");
@@ -110,6 +114,13 @@ absl::Status Serve(Flags* flags) {
       auto started, Worker::Start(flags->worker, [&](const internal::v1::ShardAssignment& wanted) {
         return StageEngine::NewLoader(wanted, backend.get());
       }));
+  SLUICE_ASSIGN_OR_RETURN(
+      auto metrics_server,
+      metrics::MetricsServer::Start(
+          flags->metrics_listen, [w = started.get()](metrics::Page* page) { w->Collect(page); }));
+  if (metrics_server != nullptr) {
+    rpc::LogInfo("metrics_listening", {{"address", metrics_server->address()}});
+  }
   {
     std::lock_guard<std::mutex> lock(mutex);
     worker = std::move(started);
@@ -118,6 +129,7 @@ absl::Status Serve(Flags* flags) {
     }
   }
   worker->Run();
+  metrics_server.reset();  // It asks the worker
   std::lock_guard<std::mutex> lock(mutex);
   worker.reset();
   return absl::OkStatus();

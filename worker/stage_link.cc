@@ -77,9 +77,11 @@ absl::Status Prefixed(const std::string& prefix, const absl::Status& status) {
 // Stages before the last.
 class HiddenLink final : public StageLink {
  public:
-  HiddenLink(Peer peer, DType dtype, std::function<void(absl::Status)> on_break)
+  HiddenLink(Peer peer, DType dtype, StageMetrics* metrics,
+             std::function<void(absl::Status)> on_break)
       : peer_(std::move(peer)),
         dtype_(dtype),
+        metrics_(metrics),
         stub_(internal::v1::Stage::NewStub(peer_.channel)),
         sender_([this](grpc::ClientContext* context) { return stub_->Link(context); },
                 [this](FinishedStep* step, auto* stream) { return Write(step, stream); },
@@ -107,6 +109,7 @@ class HiddenLink final : public StageLink {
   // The writer thread: one message, used again and again.
   bool Write(FinishedStep* step, grpc::ClientReaderWriter<LinkRequest, LinkResponse>* stream) {
     const std::vector<uint8_t>& bytes = step->hidden_states;
+    const auto begin = std::chrono::steady_clock::now();
     size_t offset = 0;
     bool first = true;
     do {
@@ -128,6 +131,11 @@ class HiddenLink final : public StageLink {
         return false;
       }
     } while (offset < bytes.size());
+    if (metrics_ != nullptr) {
+      const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
+      metrics_->link_seconds.Observe(time.count());
+      metrics_->activation_bytes.Add(bytes.size());
+    }
     std::lock_guard<std::mutex> lock(mutex_);
     if (spare_.size() < kQueuedSteps) {
       spare_.push_back(std::move(step->hidden_states));
@@ -137,6 +145,7 @@ class HiddenLink final : public StageLink {
 
   const Peer peer_;
   const DType dtype_;
+  StageMetrics* const metrics_;
   std::unique_ptr<internal::v1::Stage::Stub> stub_;
   LinkRequest request_;
   std::mutex mutex_;  // Guards spare_
@@ -221,8 +230,8 @@ absl::StatusOr<std::unique_ptr<StageLink>> StageLink::Open(
                            cancellation));
   }
   if (assignment.stage() + 1 < assignment.stages()) {
-    return std::unique_ptr<StageLink>(
-        new HiddenLink(*std::move(next), options.hidden_dtype, std::move(on_break)));
+    return std::unique_ptr<StageLink>(new HiddenLink(*std::move(next), options.hidden_dtype,
+                                                     options.metrics, std::move(on_break)));
   }
   const std::string& address = assignment.controller_address().empty()
                                    ? options.controller_address

@@ -20,6 +20,7 @@ class StageLink : public StepSink {
     internal::v1::ShardAssignment assignment;
     std::string controller_address;  // Used when the assignment names none
     DType hidden_dtype = DType::kF32;
+    StageMetrics* metrics = nullptr;  // Of this stage; may be nullptr
   };
   // Connects and opens the streams. `on_break` is called, on a thread of the link, when a stream
   // breaks; it must not destroy the link. UNAVAILABLE names the peer that could not be reached;

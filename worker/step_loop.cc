@@ -20,10 +20,12 @@ uint32_t Micros(std::chrono::steady_clock::duration time) {
 
 }  // namespace
 
-StepLoop::StepLoop(StageEngine* engine, StepSink* sink, std::function<void(absl::Status)> on_error)
+StepLoop::StepLoop(StageEngine* engine, StepSink* sink, std::function<void(absl::Status)> on_error,
+                   StageMetrics* metrics)
     : engine_(engine),
       sink_(sink),
       on_error_(std::move(on_error)),
+      metrics_(metrics),
       is_last_(engine->assignment().stage() + 1 == engine->assignment().stages()),
       needs_ring_(engine->assignment().stage() == 0 && engine->assignment().stages() > 1),
       capacity_(CapacityFor(engine->assignment().stages())),
@@ -132,6 +134,10 @@ absl::Status StepLoop::RunStep(StepWork* step, Clock::time_point idle_since) {
   step->header.add_stage_us(Micros(time));
   step->header.add_wait_us(Micros(begin - idle_since));
   Record(time);
+  if (metrics_ != nullptr) {
+    metrics_->compute_seconds.Observe(std::chrono::duration<double>(time).count());
+    metrics_->wait_seconds.Observe(std::chrono::duration<double>(begin - idle_since).count());
+  }
   FinishedStep done;
   done.header = std::move(step->header);
   done.hidden_states = std::move(output.hidden_states);

@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "worker/engine/stage_engine.h"
 #include "worker/step_assembler.h"
+#include "worker/worker_metrics.h"
 
 namespace sluice::worker {
 
@@ -46,8 +47,9 @@ struct StepStats {
 class StepLoop {
  public:
   // Engine and sink must outlive the loop. `on_error` is called once, on the loop's thread, when a
-  // step fails; the loop then only waits to be stopped.
-  StepLoop(StageEngine* engine, StepSink* sink, std::function<void(absl::Status)> on_error);
+  // step fails; the loop then only waits to be stopped. `metrics` may be nullptr.
+  StepLoop(StageEngine* engine, StepSink* sink, std::function<void(absl::Status)> on_error,
+           StageMetrics* metrics = nullptr);
   // Stops and waits for the step that runs.
   ~StepLoop();
   StepLoop(const StepLoop&) = delete;
@@ -78,6 +80,7 @@ class StepLoop {
   StageEngine* const engine_;
   StepSink* const sink_;
   const std::function<void(absl::Status)> on_error_;
+  StageMetrics* const metrics_;
   const bool is_last_;
   const bool needs_ring_;  // Stage 0 of several
   const size_t capacity_;

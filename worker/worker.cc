@@ -76,6 +76,7 @@ absl::StatusOr<std::unique_ptr<Worker>> Worker::Start(const WorkerOptions& optio
     worker->addresses_.push_back("unix:" + options.unix_socket);
   }
   SLUICE_ASSIGN_OR_RETURN(worker->server_, rpc::ServerRunner::Start(server, {&worker->service_}));
+  worker->metrics_.SetMemory({}, options.memory_bytes);
   worker->addresses_.push_back(
       absl::StrCat(HostOf(options), ":", worker->server_->ports().front()));
   rpc::LogInfo("worker_listening", {{"worker_id", options.worker_id},
@@ -233,6 +234,7 @@ absl::Status Worker::Load(const ConfigureOrder& order) {
     absl::Status status = engine_->Reconfigure(order.assignment());
     rpc::LogInfo("shard_kept", {{"epoch", order.epoch()}, {"status", status}});
     if (status.ok()) {
+      metrics_.SetMemory(engine_->memory(), options_.memory_bytes);
       std::lock_guard<std::mutex> lock(mutex_);
       held_ = order.assignment();
       return status;
@@ -243,7 +245,9 @@ absl::Status Worker::Load(const ConfigureOrder& order) {
     held_.Clear();
   }
   engine_.reset();  // Its memory is needed for the next one
+  metrics_.SetMemory({}, options_.memory_bytes);
   SLUICE_RETURN_IF_ERROR(Fetch(order));
+  metrics_.SetMemory(engine_->memory(), options_.memory_bytes);
   std::lock_guard<std::mutex> lock(mutex_);
   held_ = order.assignment();
   return absl::OkStatus();
@@ -270,6 +274,7 @@ absl::Status Worker::Fetch(const ConfigureOrder& order) {
       FetchShard(order.assignment(), options, loader.get(), cancellation_.get()));
   SLUICE_ASSIGN_OR_RETURN(engine_, loader->Finish());
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  metrics_.load_seconds.Observe(seconds.count());
   rpc::LogInfo("shard_loaded", {{"epoch", order.epoch()},
                                 {"layer_begin", order.assignment().layers().begin()},
                                 {"layer_end", order.assignment().layers().end()},
@@ -289,8 +294,10 @@ absl::Status Worker::OpenSession(const ConfigureOrder& order) {
   link.assignment = order.assignment();
   link.controller_address = options_.controller_address;
   link.hidden_dtype = engine_->hidden_dtype();
+  link.metrics = metrics_.OfStage(order.assignment().stage());
   SLUICE_ASSIGN_OR_RETURN(session->link, StageLink::Open(link, cancellation_.get(), on_error));
-  session->loop = std::make_unique<StepLoop>(engine_.get(), session->link.get(), on_error);
+  session->loop =
+      std::make_unique<StepLoop>(engine_.get(), session->link.get(), on_error, link.metrics);
   StageService::Session open;
   open.stage = order.assignment().stage();
   open.stages = order.assignment().stages();
@@ -305,6 +312,7 @@ absl::Status Worker::OpenSession(const ConfigureOrder& order) {
   }
   service_.Open(open);
   server_->SetReady(true);
+  metrics_.serving.Set(1);
   return absl::OkStatus();
 }
 
@@ -314,6 +322,7 @@ void Worker::CloseSession() {
     return;
   }
   server_->SetReady(false);
+  metrics_.serving.Set(0);
   session_->link->Stop();
   session_->loop->Stop();
   service_.Close();
@@ -342,6 +351,7 @@ void Worker::SendReady(uint64_t epoch) {
 }
 
 void Worker::SendFault(uint64_t epoch, const absl::Status& status) {
+  metrics_.faults.Add();
   rpc::LogError("worker_fault",
                 {{"worker_id", options_.worker_id}, {"epoch", epoch}, {"error", status}});
   AttachRequest event;

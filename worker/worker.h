@@ -20,6 +20,7 @@
 #include "worker/stage_link.h"
 #include "worker/stage_service.h"
 #include "worker/step_loop.h"
+#include "worker/worker_metrics.h"
 
 namespace sluice::worker {
 
@@ -51,6 +52,9 @@ class Worker {
   void Run();
   // Thread-safe; does not wait.
   void Stop();
+
+  // Adds what this worker has done. Thread-safe.
+  void Collect(metrics::Page* page) const { metrics_.Collect(service_.promised(), page); }
 
   // gRPC addresses of the Stage service, best first.
   const std::vector<std::string>& addresses() const { return addresses_; }
@@ -93,6 +97,7 @@ class Worker {
   const WorkerOptions options_;
   const LoaderFactory make_loader_;
   std::vector<std::string> addresses_;
+  WorkerMetrics metrics_;
   StageService service_;
   std::unique_ptr<rpc::ServerRunner> server_;
 

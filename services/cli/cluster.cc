@@ -152,10 +152,11 @@ void Cluster::OnServing() {
     StartAnswer();
     return;
   }
-  display_.Note(absl::StrCat("sluice: serving on ", addresses_.public_address, " (admin ",
-                             addresses_.admin_address, "), logs in ",
-                             options_.log_dir.empty() ? paths_.folder : options_.log_dir,
-                             ". Ctrl-C stops it."));
+  display_.Note(absl::StrCat(
+      "sluice: serving on ", addresses_.public_address, " (admin ", addresses_.admin_address,
+      addresses_.metrics_address.empty() ? "" : ", metrics ", addresses_.metrics_address,
+      "), logs in ", options_.log_dir.empty() ? paths_.folder : options_.log_dir,
+      ". Ctrl-C stops it."));
 }
 
 void Cluster::StartAnswer() {

@@ -28,6 +28,16 @@ void AddIfSet(std::vector<std::string>& command, const std::string& name, int va
   }
 }
 
+// Where process number `number` (controller, loader, workers) lets Prometheus look. Always given:
+// SLUICE_METRICS_LISTEN in the environment would be one address for all of them.
+std::string MetricsAddress(const UpOptions& options, int number) {
+  if (options.metrics_port < 0) {
+    return "";
+  }
+  return options.metrics_port == 0 ? kAnyPort
+                                   : absl::StrCat("127.0.0.1:", options.metrics_port + number);
+}
+
 absl::StatusOr<std::string> ReadText(const std::string& path) {
   std::ifstream file(path);
   if (!file.good()) {
@@ -89,10 +99,11 @@ absl::StatusOr<std::vector<WorkerSpec>> WorkersOf(const UpOptions& options,
       worker.device = absl::StrCat("cuda:", i);
       worker.threads = 0;
     }
+    worker.position = i;
     workers.push_back(worker);
   }
   if (cpu_beside != 0) {
-    workers.push_back({"worker-cpu", "cpu", -1, threads, memory.at("cpu")});
+    workers.push_back({"worker-cpu", "cpu", -1, threads, memory.at("cpu"), count});
   }
   return workers;
 }
@@ -104,6 +115,8 @@ std::vector<std::string> LoaderCommand(const UpOptions& options, const ClusterPa
           options.model,
           "--listen",
           Or(address, kAnyPort),
+          "--metrics-listen",
+          MetricsAddress(options, 1),
           "--log-level",
           options.log_level,
           "--address-file",
@@ -123,6 +136,8 @@ std::vector<std::string> ControllerCommand(const UpOptions& options, const Clust
       Or(addresses.internal_address, kAnyPort),
       "--admin-listen",
       Or(addresses.admin_address, absl::StrCat("127.0.0.1:", options.admin_port)),
+      "--metrics-listen",
+      Or(addresses.metrics_address, MetricsAddress(options, 0)),
       "--address-file",
       paths.controller_file(),
       "--workers",
@@ -165,6 +180,8 @@ std::vector<std::string> WorkerCommand(const UpOptions& options, const ClusterPa
                                       absl::StrCat(worker.device_index),
                                       "--memory",
                                       absl::StrCat(worker.memory_bytes),
+                                      "--metrics-listen",
+                                      MetricsAddress(options, 2 + worker.position),
                                       "--log-level",
                                       options.log_level};
   AddIfSet(command, "--threads", worker.threads, 0);
@@ -195,6 +212,9 @@ absl::StatusOr<ControllerAddresses> ReadControllerAddresses(const std::string& p
       return absl::InternalError(absl::StrCat(path, ": no \"", name, "\" in it: ", text));
     }
     *value = json[name].get<std::string>();
+  }
+  if (json.contains("metrics") && json["metrics"].is_string()) {
+    addresses.metrics_address = json["metrics"].get<std::string>();
   }
   return addresses;
 }

@@ -23,7 +23,9 @@ struct UpOptions {
   std::string host = "127.0.0.1";
   int port = 50051;        // 0: any free one
   int admin_port = 50052;  // 0: any free one
-  int threads = 0;         // Of each CPU worker
+  int metrics_port =
+      -1;           // Of the controller; loader and workers follow. 0: any free ones; -1: none
+  int threads = 0;  // Of each CPU worker
   int max_batch_size = 0;
   int max_batch_tokens = 0;
   int max_model_len = 0;
@@ -42,6 +44,7 @@ struct WorkerSpec {
   int device_index = 0;  // -1: the "cpu" device beside GPUs
   int threads = 0;       // CPU only
   uint64_t memory_bytes = 0;
+  int position = 0;  // Among the workers, from 0
 };
 
 // Which workers to start: numbers 0 .. n-1, and one more for a "cpu" in max_memory.
@@ -63,6 +66,7 @@ struct ControllerAddresses {
   std::string public_address;
   std::string internal_address;
   std::string admin_address;
+  std::string metrics_address;  // Empty: none, or not known yet
 };
 
 std::vector<std::string> LoaderCommand(const UpOptions& options, const ClusterPaths& paths,
@@ -75,7 +79,7 @@ std::vector<std::string> WorkerCommand(const UpOptions& options, const ClusterPa
                                        const std::string& controller_address);
 
 // Reads an address file: {"address": ...} or plain text for the loader, {"public", "internal",
-// "admin"} for the controller. NOT_FOUND while it is not there.
+// "admin"} and perhaps "metrics" for the controller. NOT_FOUND while it is not there.
 absl::StatusOr<std::string> ReadLoaderAddress(const std::string& path);
 absl::StatusOr<ControllerAddresses> ReadControllerAddresses(const std::string& path);
 

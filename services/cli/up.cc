@@ -57,6 +57,10 @@ void AddMachineFlags(CLI::App& command, UpOptions* options) {
   rpc::AddFlag(command, "port", &options->port, "gRPC port; 0: any")->check(CLI::Range(0, 65535));
   rpc::AddFlag(command, "admin-port", &options->admin_port, "Admin port, local only; 0: any")
       ->check(CLI::Range(0, 65535));
+  rpc::AddFlag(command, "metrics-port", &options->metrics_port,
+               "Prometheus port of the controller, local only; the loader has the next one, then "
+               "the workers; 0: any; -1: none")
+      ->check(CLI::Range(-1, 64000));
   rpc::AddFlag(command, "log-level", &options->log_level, "debug, info, warning or error");
   rpc::AddFlag(command, "log-dir", &options->log_dir,
                "Folder for the processes' logs; default: one that is removed at a clean end");

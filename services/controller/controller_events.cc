@@ -38,7 +38,9 @@ absl::Status ControllerLoop::OnHello(uint64_t attachment, const internal::v1::Wo
   auto verdict = std::make_shared<std::promise<absl::Status>>();
   std::future<absl::Status> future = verdict->get_future();
   const bool posted = Post([this, attachment, hello, channel, verdict] {
-    verdict->set_value(coordinator_.OnHello(Now(), attachment, hello, channel));
+    absl::Status status = coordinator_.OnHello(Now(), attachment, hello, channel);
+    PublishWorkers();
+    verdict->set_value(std::move(status));
   });
   return posted ? future.get() : absl::UnavailableError("the controller is shutting down");
 }
@@ -50,7 +52,23 @@ void ControllerLoop::OnWorkerEvent(uint64_t attachment, internal::v1::AttachRequ
 }
 
 void ControllerLoop::OnDetached(uint64_t attachment) {
-  Post([this, attachment] { coordinator_.OnDetached(Now(), attachment); });
+  Post([this, attachment] {
+    coordinator_.OnDetached(Now(), attachment);
+    PublishWorkers();
+  });
+}
+
+void ControllerLoop::PublishWorkers() {
+  std::vector<std::string> attached;
+  for (const AttachedWorker* worker : coordinator_.workers().All()) {
+    attached.push_back(worker->hello.worker_id());
+  }
+  metrics_.SetWorkers(attached);
+}
+
+void ControllerLoop::Collect(metrics::Page* page) const {
+  const std::shared_ptr<const ServedModel> served = model();
+  metrics_.Collect(served == nullptr ? "" : served->name, page);
 }
 
 void ControllerLoop::OnFrame(internal::v1::TokenFrame frame) {

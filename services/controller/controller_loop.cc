@@ -127,6 +127,14 @@ void ControllerLoop::SendSteps() {
   internal::v1::StepHeader step;
   while (scheduler_->NextStep(Now(), &step)) {
     pipeline_->Send(step);
+    metrics_.steps.Add();
+    uint32_t tokens = 0;
+    for (const internal::v1::SequenceSlice& slice : step.sequences()) {
+      tokens += slice.num_tokens();
+    }
+    if (tokens > 0) {
+      metrics_.step_tokens.Observe(tokens);
+    }
   }
 }
 
@@ -143,11 +151,14 @@ void ControllerLoop::Deliver() {
     if (event.kind == SchedulerEvent::Kind::kToken) {
       totals_.set_generated_tokens(totals_.generated_tokens() + 1);
     }
-    for (const uint32_t choice : it->second->OnEvent(now, event)) {
+    Live& live = it->second;
+    live.meter.OnEvent(now, event);
+    for (const uint32_t choice : live.request->OnEvent(now, event)) {
+      live.meter.OnStopped(now, choice);
       scheduler_->EndSequence(event.handle, choice);
     }
-    if (it->second->done()) {
-      Finished(*it->second);
+    if (live.request->done()) {
+      Finished(*live.request);
       live_.erase(it);
     }
   }
@@ -168,6 +179,7 @@ void ControllerLoop::Finished(const LiveRequest& request) {
 void ControllerLoop::Submit(uint64_t handle, GenerationRequest request, ResponseSink* sink) {
   auto shared = std::make_shared<GenerationRequest>(std::move(request));
   if (!Post([this, handle, shared, sink] { Accept(handle, std::move(*shared), sink); })) {
+    metrics_.Refused(ShuttingDown());
     sink->OnEnd(ShuttingDown());
   }
 }
@@ -198,13 +210,15 @@ void ControllerLoop::Accept(uint64_t handle, GenerationRequest request, Response
     status = scheduler_->Submit(Now(), handle, request.spec);
   }
   if (!status.ok()) {
+    metrics_.Refused(status);
     rpc::LogInfo("request_refused", {{"request_id", request.request_id},
                                      {"code", absl::StatusCodeToString(status.code())}});
     sink->OnEnd(status);
     return;
   }
   by_request_id_[request.request_id] = handle;
-  live_[handle] = std::make_unique<LiveRequest>(std::move(request), sink);
+  RequestMeter meter(&metrics_, request.arrival, request.spec);
+  live_.emplace(handle, Live{std::make_unique<LiveRequest>(std::move(request), sink), meter});
 }
 
 void ControllerLoop::Drop(uint64_t handle) {
@@ -216,9 +230,10 @@ void ControllerLoop::Drop(uint64_t handle) {
     if (scheduler_ != nullptr) {
       scheduler_->Drop(handle);
     }
-    it->second->Fail(absl::CancelledError("the client cancelled the request"));
+    it->second.meter.OnDropped(Now());
+    it->second.request->Fail(absl::CancelledError("the client cancelled the request"));
     totals_.set_cancelled_requests(totals_.cancelled_requests() + 1);
-    Finished(*it->second);
+    Finished(*it->second.request);
     live_.erase(it);
   });
 }
@@ -259,9 +274,10 @@ void ControllerLoop::FailAll(const absl::Status& status) {
     scheduler_->FailAll(status);
     Deliver();
   }
-  for (auto& [handle, request] : live_) {
-    request->Fail(status);
-    Finished(*request);
+  for (auto& [handle, live] : live_) {
+    metrics_.Failed(status);
+    live.request->Fail(status);
+    Finished(*live.request);
   }
   live_.clear();
 }
@@ -280,10 +296,18 @@ void ControllerLoop::OnServing(uint64_t epoch, const plan::DeviceMapPlan& plan) 
   limits.max_batch_size = options_.coordinator.plan.max_batch_size;
   limits.max_queue = options_.max_queue;
   scheduler_ = std::make_unique<Scheduler>(limits);
+  if (lost_at_.has_value()) {
+    metrics_.recovery_seconds.Observe(std::chrono::duration<double>(Now() - *lost_at_).count());
+    lost_at_.reset();
+  }
   max_model_len_ = plan.max_model_len;
 }
 
 void ControllerLoop::OnLost(const absl::Status& status) {
+  metrics_.plans_lost.Add();
+  if (scheduler_ != nullptr) {
+    lost_at_ = Now();
+  }
   totals_.set_lost_requests(totals_.lost_requests() + live_.size());
   FailAll(status);
   scheduler_.reset();
@@ -305,9 +329,22 @@ void ControllerLoop::Publish() {
   }
   model_state_ = state;
   const bool serving = state == v1::MODEL_STATE_SERVING;
+  PublishMetrics(serving);
   if (serving_.exchange(serving) != serving) {
     on_ready_(serving);
   }
+}
+
+void ControllerLoop::PublishMetrics(bool serving) {
+  metrics_.serving.Set(serving ? 1 : 0);
+  metrics_.epoch.Set(static_cast<double>(epoch_));
+  metrics_.workers_expected.Set(coordinator_.expected_workers());
+  const bool has = scheduler_ != nullptr;
+  const double blocks = has ? scheduler_->blocks().total() : 0;
+  metrics_.kv_usage.Set(blocks > 0 ? scheduler_->blocks().used() / blocks : 0);
+  metrics_.requests_running.Set(has ? static_cast<double>(scheduler_->running_sequences()) : 0);
+  metrics_.requests_waiting.Set(has ? scheduler_->queued_requests() : 0);
+  metrics_.steps_in_flight.Set(has ? static_cast<double>(scheduler_->steps_in_flight()) : 0);
 }
 
 }  // namespace sluice::controller

@@ -20,10 +20,12 @@
 #include "proto/sluice/v1/admin.pb.h"
 #include "proto/sluice/v1/model.pb.h"
 #include "services/controller/attach_service.h"
+#include "services/controller/controller_metrics.h"
 #include "services/controller/coordinator.h"
 #include "services/controller/live_request.h"
 #include "services/controller/model_catalog.h"
 #include "services/controller/pipeline.h"
+#include "services/controller/request_meter.h"
 #include "services/controller/scheduler.h"
 
 namespace sluice::controller {
@@ -74,6 +76,9 @@ class ControllerLoop final : public WorkerListener,
   // Limits of the attached workers and the options that a plan would use now.
   void GetPlanning(std::function<void(plan::MaxMemory, plan::PlanOptions)> done);
 
+  // What it has counted, for a scrape; does not wait for the loop.
+  void Collect(metrics::Page* page) const;
+  ControllerMetrics& metrics() { return metrics_; }
   bool serving() const { return serving_; }
   uint32_t max_model_len() const { return max_model_len_; }  // 0: never served yet
   v1::ModelState model_state() const { return model_state_; }
@@ -94,6 +99,10 @@ class ControllerLoop final : public WorkerListener,
 
  private:
   using Task = std::function<void()>;
+  struct Live {
+    std::unique_ptr<LiveRequest> request;
+    RequestMeter meter;
+  };
 
   // Coordinator::Observer
   void OpenPipeline(uint64_t epoch, const std::vector<std::string>& addresses) override;
@@ -111,19 +120,23 @@ class ControllerLoop final : public WorkerListener,
   void FailAll(const absl::Status& status);
   absl::Status NotServing() const;
   void Publish();
+  void PublishMetrics(bool serving);
+  void PublishWorkers();
   void Finished(const LiveRequest& request);
   v1::GetClusterResponse Cluster() const;
 
   const LoopOptions options_;
   Pipeline* const pipeline_;
   const std::function<void(bool)> on_ready_;
+  ControllerMetrics metrics_;
 
   // Of the loop's thread
   Coordinator coordinator_;
   std::unique_ptr<Scheduler> scheduler_;  // Of the epoch that serves
-  std::map<uint64_t, std::unique_ptr<LiveRequest>> live_;
+  std::map<uint64_t, Live> live_;
   std::map<std::string, uint64_t> by_request_id_;
-  v1::SchedulerStats totals_;  // Of epochs gone by, and of requests
+  v1::SchedulerStats totals_;         // Of epochs gone by, and of requests
+  std::optional<TimePoint> lost_at_;  // Served, and does not now
   bool draining_ = false;
   TimePoint drain_until_{};
   std::vector<std::function<void(uint32_t)>> drain_done_;

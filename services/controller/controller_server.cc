@@ -73,6 +73,12 @@ absl::StatusOr<std::unique_ptr<ControllerServer>> ControllerServer::Start(
   if (absl::Status status = server->StartListeners(options); !status.ok()) {
     return status;
   }
+  auto metrics_server = metrics::MetricsServer::Start(
+      options.metrics_listen, [self](metrics::Page* page) { self->loop_->Collect(page); });
+  if (!metrics_server.ok()) {
+    return metrics_server.status();
+  }
+  server->metrics_server_ = *std::move(metrics_server);
   server->loop_->Start(options.internal_advertise.empty() ? Dialled(server->internal_address_)
                                                           : options.internal_advertise);
   server->catalog_ = std::make_unique<ModelCatalog>(
@@ -85,6 +91,9 @@ absl::StatusOr<std::unique_ptr<ControllerServer>> ControllerServer::Start(
   rpc::LogInfo("listening", {{"public", server->public_address_},
                              {"internal", server->internal_address_},
                              {"admin", server->admin_address_}});
+  if (server->metrics_server_ != nullptr) {
+    rpc::LogInfo("metrics_listening", {{"address", server->metrics_server_->address()}});
+  }
   return server;
 }
 
@@ -133,8 +142,11 @@ absl::Status ControllerServer::WriteAddressFile(const std::string& path) const {
   if (path.empty()) {
     return absl::OkStatus();
   }
-  const nlohmann::json addresses = {
+  nlohmann::json addresses = {
       {"public", public_address_}, {"internal", internal_address_}, {"admin", admin_address_}};
+  if (metrics_server_ != nullptr) {
+    addresses["metrics"] = metrics_server_->address();
+  }
   const std::string temporary = absl::StrCat(path, ".", getpid());
   std::ofstream file(temporary, std::ios::trunc);
   file << addresses.dump() << "\n";
@@ -166,6 +178,7 @@ void ControllerServer::Stop(std::chrono::milliseconds drain) {
 }
 
 ControllerServer::~ControllerServer() {
+  metrics_server_.reset();
   catalog_.reset();
   public_server_.reset();
   admin_server_.reset();

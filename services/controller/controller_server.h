@@ -14,6 +14,7 @@
 #include "services/controller/model_catalog.h"
 #include "services/controller/model_service.h"
 #include "services/controller/pipeline_client.h"
+#include "services/metrics/metrics_server.h"
 #include "services/rpc/server_runner.h"
 
 namespace sluice::controller {
@@ -25,9 +26,12 @@ struct ControllerOptions {
   std::string listen = "127.0.0.1:7500";           // Public: GenerationService, ModelService
   std::string internal_listen = "127.0.0.1:7501";  // Workers
   std::string admin_listen = "127.0.0.1:7502";     // AdminService, ModelService
+  std::string metrics_listen;                      // Prometheus; empty: nobody
   std::string internal_advertise;  // host:port that workers dial; empty: internal_listen (a
                                    // wildcard: this host's name)
-  std::string address_file;  // JSON {"public", "internal", "admin"} is written here; empty: nowhere
+  // JSON {"public", "internal", "admin", "metrics"} is written here; empty: nowhere. "metrics" is
+  // left out without metrics_listen.
+  std::string address_file;
 };
 
 class ControllerServer {
@@ -58,6 +62,7 @@ class ControllerServer {
   std::unique_ptr<rpc::ServerRunner> internal_server_;
   std::unique_ptr<rpc::ServerRunner> public_server_;
   std::unique_ptr<rpc::ServerRunner> admin_server_;
+  std::unique_ptr<metrics::MetricsServer> metrics_server_;  // Asks loop_
   std::unique_ptr<ModelCatalog> catalog_;
   std::string public_address_;
   std::string internal_address_;

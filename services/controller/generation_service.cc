@@ -122,6 +122,7 @@ void GenerationService::Launch(grpc::CallbackServerContext* context, v1::Generat
       // After Submit: the loop must not hear of the end before the beginning.
       reactor->cancel_hook().Set([loop = loop_, handle] { loop->Drop(handle); });
     } else {
+      loop_->metrics().Refused(prepared.status());
       reactor->OnEnd(prepared.status());
     }
     reactor->Release();

@@ -40,6 +40,8 @@ void AddAddressFlags(CLI::App& app, Flags* flags) {
   rpc::AddFlag(app, "internal-advertise", &options.internal_advertise,
                "host:port at which workers reach --internal-listen; default: the same");
   rpc::AddFlag(app, "admin-listen", &options.admin_listen, "host:port of AdminService");
+  rpc::AddFlag(app, "metrics-listen", &options.metrics_listen,
+               "host:port for Prometheus, GET /metrics; port 0: any; empty: none");
   rpc::AddFlag(app, "address-file", &options.address_file,
                "Write the chosen addresses into this file, as JSON");
 }
@@ -103,9 +105,9 @@ absl::Status ParseModelFlags(Flags* flags) {
     coordinator.max_memory = *std::move(max_memory);
   }
   if (flags->dtype != "auto" && flags->dtype != "float32" && flags->dtype != "float") {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--dtype ", flags->dtype,
-        " is not supported: CPU workers compute in float32; write auto or float32"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--dtype ", flags->dtype,
+                     " is not supported: CPU workers compute in float32; write auto or float32"));
   }
   flags->controller.generation.longest_request =
       std::chrono::milliseconds(flags->longest_request_ms);

@@ -105,6 +105,10 @@ class Scheduler {
   std::optional<TimePoint> StepDeadline() const;
 
   SchedulerCounts counts() const;
+  // Parts of counts() that cost nothing.
+  uint32_t queued_requests() const { return waiting_requests_; }
+  size_t running_sequences() const { return by_seq_id_.size(); }
+  size_t steps_in_flight() const { return in_flight_.size(); }
   const BlockAllocator& blocks() const { return blocks_; }
   // Block ids of the sequences that run, by sequence. For tests.
   std::map<uint64_t, std::vector<uint32_t>> BlockTables() const;

@@ -14,6 +14,7 @@
 #include "kernels/core/status_macros.h"
 #include "services/checkpoint/checkpoint.h"
 #include "services/loader/weights_service.h"
+#include "services/metrics/metrics_server.h"
 #include "services/rpc/flags.h"
 #include "services/rpc/log.h"
 #include "services/rpc/process.h"
@@ -28,6 +29,7 @@ constexpr unsigned kLastResortSeconds = 10;
 struct Flags {
   std::string model;
   std::string listen = "127.0.0.1:0";
+  std::string metrics_listen;
   std::string address_file;
   std::string log_level = "info";
   bool die_with_parent = false;
@@ -39,6 +41,8 @@ void AddFlags(CLI::App& app, Flags* flags) {
                "Hugging Face model folder (config.json, *.safetensors) or a .gguf file")
       ->required();
   rpc::AddFlag(app, "listen", &flags->listen, "host:port to listen on; port 0: any");
+  rpc::AddFlag(app, "metrics-listen", &flags->metrics_listen,
+               "host:port for Prometheus, GET /metrics; port 0: any; empty: none");
   rpc::AddFlag(app, "address-file", &flags->address_file,
                "File to write the address to, once the loader listens");
   rpc::AddFlag(app, "log-level", &flags->log_level, "debug, info, warning or error");
@@ -99,6 +103,10 @@ absl::Status Serve(const Flags& flags) {
   rpc::ServerOptions options;
   options.addresses = {flags.listen};
   SLUICE_ASSIGN_OR_RETURN(const auto server, rpc::ServerRunner::Start(options, services));
+  SLUICE_ASSIGN_OR_RETURN(
+      const auto metrics_server,
+      metrics::MetricsServer::Start(flags.metrics_listen,
+                                    [&service](metrics::Page* page) { service.Collect(page); }));
   const std::string host = flags.listen.substr(0, flags.listen.rfind(':'));
   const std::string address =
       server->ports()[0] == 0 ? flags.listen : absl::StrCat(host, ":", server->ports()[0]);
@@ -107,6 +115,9 @@ absl::Status Serve(const Flags& flags) {
   }
   server->SetReady(true);
   rpc::LogInfo("listening", {{"address", address}});
+  if (metrics_server != nullptr) {
+    rpc::LogInfo("metrics_listening", {{"address", metrics_server->address()}});
+  }
   std::unique_lock<std::mutex> lock(mutex);
   changed.wait(lock, [&stopped] { return stopped; });
   server->Shutdown(/*grace_ms=*/1000);

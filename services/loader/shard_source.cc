@@ -1,6 +1,7 @@
 #include "services/loader/shard_source.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <utility>
 
@@ -30,13 +31,15 @@ bool IsWanted(const std::string& name, const FetchRequest& request) {
 
 }  // namespace
 
-ShardSource::ShardSource(const checkpoint::Checkpoint& checkpoint, MemoryBudget* budget)
-    : checkpoint_(checkpoint), budget_(budget) {}
+ShardSource::ShardSource(const checkpoint::Checkpoint& checkpoint, MemoryBudget* budget,
+                         LoaderMetrics* metrics)
+    : checkpoint_(checkpoint), budget_(budget), metrics_(metrics) {}
 
 ShardSource::~ShardSource() { Stop(); }
 
 absl::StatusOr<std::unique_ptr<ShardSource>> ShardSource::Open(
-    const checkpoint::Checkpoint& checkpoint, MemoryBudget* budget, const FetchRequest& request) {
+    const checkpoint::Checkpoint& checkpoint, MemoryBudget* budget, LoaderMetrics* metrics,
+    const FetchRequest& request) {
   const auto& description = checkpoint.description();
   if (request.model_digest() != description.model_digest()) {
     return absl::FailedPreconditionError(
@@ -49,7 +52,7 @@ absl::StatusOr<std::unique_ptr<ShardSource>> ShardSource::Open(
                                                    ") are not within the model's ",
                                                    description.config().num_layers()));
   }
-  std::unique_ptr<ShardSource> source(new ShardSource(checkpoint, budget));
+  std::unique_ptr<ShardSource> source(new ShardSource(checkpoint, budget, metrics));
   source->Select(request);
   SLUICE_RETURN_IF_ERROR(source->Resume(request));
   source->converter_ =
@@ -107,9 +110,15 @@ void ShardSource::Convert(const std::stop_token& stop) {
     }
     MemoryBudget::Share share = budget_->Acquire(BytesOf(units_[i]), stop);
     if (!share) return;
+    const auto begin = std::chrono::steady_clock::now();
     auto converted =
         std::make_unique<Converted>(Converted{checkpoint_.Read(units_[i].index), std::move(share)});
     const bool ok = converted->matrix.ok();
+    if (ok) {
+      const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
+      metrics_->conversion_seconds.Observe(time.count());
+      metrics_->converted_bytes.Add(BytesOf(units_[i]));
+    }
     std::lock_guard<std::mutex> lock(mutex_);
     converted_.push_back(std::move(converted));
     changed_.notify_all();

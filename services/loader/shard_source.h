@@ -22,6 +22,7 @@
 #include "absl/status/statusor.h"
 #include "proto/sluice/internal/v1/weights.pb.h"
 #include "services/checkpoint/checkpoint.h"
+#include "services/loader/loader_metrics.h"
 #include "services/loader/memory_budget.h"
 
 namespace sluice::loader {
@@ -33,9 +34,9 @@ class ShardSource {
  public:
   // Checks the request: FAILED_PRECONDITION (another digest), INVALID_ARGUMENT (layers outside the
   // model, a resume part outside its tensor), NOT_FOUND (the resume name is not among the tensors
-  // asked for). `checkpoint` and `budget` must outlive the result.
+  // asked for). `metrics` counts conversions. All three must outlive the result.
   static absl::StatusOr<std::unique_ptr<ShardSource>> Open(
-      const checkpoint::Checkpoint& checkpoint, MemoryBudget* budget,
+      const checkpoint::Checkpoint& checkpoint, MemoryBudget* budget, LoaderMetrics* metrics,
       const internal::v1::FetchRequest& request);
 
   ~ShardSource();
@@ -59,7 +60,8 @@ class ShardSource {
     MemoryBudget::Share share;
   };
 
-  ShardSource(const checkpoint::Checkpoint& checkpoint, MemoryBudget* budget);
+  ShardSource(const checkpoint::Checkpoint& checkpoint, MemoryBudget* budget,
+              LoaderMetrics* metrics);
   void Select(const internal::v1::FetchRequest& request);
   absl::Status Resume(const internal::v1::FetchRequest& request);
   bool IsPlain(const Unit& unit) const;
@@ -69,6 +71,7 @@ class ShardSource {
 
   const checkpoint::Checkpoint& checkpoint_;
   MemoryBudget* const budget_;
+  LoaderMetrics* const metrics_;
   std::vector<Unit> units_;
   size_t first_ = 0;  // Where a resumed fetch begins; fixed before converter_ starts.
   size_t unit_ = 0;   // Being sent, with part_ the next part of it.

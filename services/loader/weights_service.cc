@@ -81,12 +81,15 @@ grpc::ServerWriteReactor<FetchResponse>* WeightsService::Fetch(
   auto state = std::make_shared<FetchState>();
   auto next = [this, state, wanted = *request](FetchResponse* part) -> absl::StatusOr<bool> {
     if (state->source == nullptr) {
-      SLUICE_ASSIGN_OR_RETURN(auto source, ShardSource::Open(checkpoint_, &budget_, wanted));
+      SLUICE_ASSIGN_OR_RETURN(auto source,
+                              ShardSource::Open(checkpoint_, &budget_, &metrics_, wanted));
       std::lock_guard<std::mutex> lock(state->mutex);
       state->source = std::move(source);
       if (state->stopped) state->source->Stop();
     }
-    return state->source->Next(part);
+    auto more = state->source->Next(part);
+    if (more.ok() && *more) metrics_.tensor_bytes.Add(part->data().size());
+    return more;
   };
   auto stop = [state] {
     std::lock_guard<std::mutex> lock(state->mutex);
@@ -101,10 +104,16 @@ grpc::ServerWriteReactor<FetchFileResponse>* WeightsService::FetchFile(
     grpc::CallbackServerContext* context, const internal::v1::FetchFileRequest* request) {
   auto next = [this, state = std::make_shared<FileState>(),
                wanted = *request](FetchFileResponse* response) {
-    return NextOfFile(checkpoint_, wanted, state.get(), response);
+    auto more = NextOfFile(checkpoint_, wanted, state.get(), response);
+    if (more.ok() && *more) metrics_.file_bytes.Add(response->data().size());
+    return more;
   };
   return new SendingStream<FetchFileResponse>(context, &streams_, kMaxStreams, std::move(next),
                                               [] {});
+}
+
+void WeightsService::Collect(metrics::Page* page) const {
+  metrics_.Collect(checkpoint_.description().model_name(), streams_, page);
 }
 
 }  // namespace sluice::loader

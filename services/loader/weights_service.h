@@ -7,6 +7,7 @@
 
 #include "proto/sluice/internal/v1/weights.grpc.pb.h"
 #include "services/checkpoint/checkpoint.h"
+#include "services/loader/loader_metrics.h"
 #include "services/loader/memory_budget.h"
 
 namespace sluice::loader {
@@ -28,9 +29,13 @@ class WeightsService : public internal::v1::Weights::CallbackService {
   grpc::ServerWriteReactor<internal::v1::FetchFileResponse>* FetchFile(
       grpc::CallbackServerContext* context, const internal::v1::FetchFileRequest* request) override;
 
+  // Adds what this service has done. Thread-safe.
+  void Collect(metrics::Page* page) const;
+
  private:
   const checkpoint::Checkpoint& checkpoint_;
   MemoryBudget budget_;
+  LoaderMetrics metrics_;
   std::atomic<int> streams_{0};
 };
 

@@ -10,7 +10,9 @@
 #include <thread>
 
 #include "proto/sluice/internal/v1/stage.grpc.pb.h"
+#include "services/metrics/metrics_server.h"
 #include "services/rpc/channel.h"
+#include "tests/support/scrape.h"
 #include "tests/worker/fake_controller.h"
 #include "tests/worker/fake_engine.h"
 #include "tests/worker/fake_weights.h"
@@ -176,6 +178,44 @@ TEST_F(WorkerTest, ThreeStagesOverUnixSockets) {
   ExpectGeneration(1, 20);
 }
 
+// The stages count what they computed and sent; the last one sends no hidden states.
+TEST_F(WorkerTest, ShowsPrometheusItsStage) {
+  StartPipeline(2, 3, true);
+  OpenSteps();
+  ExpectGeneration(3, 4);
+  for (const std::string stage : {"0", "1"}) {
+    Worker* worker = workers_["w" + stage]->worker.get();
+    const auto server = metrics::MetricsServer::Start(
+        "127.0.0.1:0", [worker](metrics::Page* page) { worker->Collect(page); });
+    ASSERT_TRUE(server.ok()) << server.status();
+    const std::string links = "sluice_link_seconds_count{from=\"0\",to=\"1\"}";
+    Scrape scrape;
+    do {  // The last write may be counted after its step has come round
+      scrape = ScrapeMetrics((*server)->port());
+    } while (stage == "0" && scrape.Value(links) < 5);
+    EXPECT_EQ(scrape.types["sluice_stage_compute_seconds"], "histogram");
+    EXPECT_EQ(scrape.types["sluice_stage_wait_seconds"], "histogram");
+    EXPECT_EQ(scrape.types["sluice_shard_load_seconds"], "histogram");
+    EXPECT_EQ(scrape.types["sluice_worker_memory_bytes"], "gauge");
+    EXPECT_EQ(scrape.types["sluice_worker_faults_total"], "counter");
+    const std::string label = "{stage=\"" + stage + "\"}";
+    EXPECT_EQ(scrape.Value("sluice_stage_compute_seconds_count" + label), 5);
+    EXPECT_EQ(scrape.Value("sluice_stage_wait_seconds_count" + label), 5);
+    EXPECT_EQ(scrape.Value("sluice_shard_load_seconds_count"), 1);
+    EXPECT_EQ(scrape.Value("sluice_worker_epoch"), 3);
+    EXPECT_EQ(scrape.Value("sluice_worker_serving"), 1);
+    EXPECT_EQ(scrape.Value("sluice_worker_faults_total"), 0);
+    const StageMemory memory = FakeEngine(FakeAssignment(0, 2), kWords).memory();
+    EXPECT_EQ(scrape.Value("sluice_worker_memory_bytes{kind=\"weights\"}"),
+              static_cast<double>(memory.weight_bytes));
+    EXPECT_GT(scrape.Value("sluice_worker_memory_bytes{kind=\"free\"}"), 0);
+    // 3 rows, then 1 in each of 4 steps.
+    const double sent = scrape.Value("sluice_activation_bytes_total{from=\"0\",to=\"1\"}");
+    EXPECT_EQ(sent, stage == "0" ? 7 * 4 * static_cast<double>(kWords) : -1);
+    EXPECT_EQ(scrape.Value(links), stage == "0" ? 5 : -1);
+  }
+}
+
 TEST_F(WorkerTest, TwoStagesOverTcpWhenTheSocketIsNotThere) {
   hellos_ = {StartWorker("w0", false), StartWorker("w1", false)};
   for (auto& hello : hellos_) {
@@ -250,6 +290,14 @@ TEST_F(WorkerTest, AFailedStepIsAFaultAndEndsTheEpoch) {
   SendStep(OneSequenceStep(1, 1, {FakeEngine::kPoison - 2}));  // Fails on stage 1
   const auto fault = controller_.WaitForFault("w1");
   EXPECT_EQ(fault.epoch(), 1u);
+  metrics::Page page;
+  workers_["w1"]->worker->Collect(&page);
+  std::map<std::string, double> counted;
+  for (const auto& family : page.Take()) {
+    counted[family.name] = family.metric[0].counter.value + family.metric[0].gauge.value;
+  }
+  EXPECT_EQ(counted["sluice_worker_faults_total"], 1);
+  EXPECT_EQ(counted["sluice_worker_serving"], 0);
   EXPECT_EQ(fault.code(), static_cast<int>(grpc::StatusCode::INVALID_ARGUMENT));
   EXPECT_THAT(fault.message(), HasSubstr("step 1: poisoned row"));
   const auto neighbour = controller_.WaitForFault("w0");  // Its link broke

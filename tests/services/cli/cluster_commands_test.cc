@@ -10,6 +10,8 @@ namespace sluice::cli {
 namespace {
 
 using ::testing::Contains;
+using ::testing::Each;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsSupersetOf;
 using ::testing::Not;
@@ -104,10 +106,37 @@ TEST(Commands, ControllerGetsWhatTheUserSaid) {
   EXPECT_EQ(ValueOf(command, "--max-model-len"), "512");
   EXPECT_EQ(ValueOf(command, "--max-memory"), "0=1GiB,1=1GiB");
   EXPECT_THAT(command, Not(Contains("--max-batch-size")));
-  const auto again = ControllerCommand(options, paths, "127.0.0.1:5", 2, {"a:1", "b:2", "c:3"});
+  const auto again = ControllerCommand(options, paths, "127.0.0.1:5", 2, {"a:1", "b:2", "c:3", ""});
   EXPECT_EQ(ValueOf(again, "--listen"), "a:1");
   EXPECT_EQ(ValueOf(again, "--internal-listen"), "b:2");
   EXPECT_EQ(ValueOf(again, "--admin-listen"), "c:3");
+}
+
+// Always there: an address in the environment would be one for all processes.
+TEST(Commands, MetricsPortsFollowEachOther) {
+  UpOptions options;
+  options.max_memory = "0=1GiB,1=1GiB,cpu=1GiB";
+  const ClusterPaths paths = {"/p", "/r"};
+  const auto ports = [&] {
+    std::vector<std::string> found = {
+        ValueOf(ControllerCommand(options, paths, "a:1", 1, {}), "--metrics-listen"),
+        ValueOf(LoaderCommand(options, paths, ""), "--metrics-listen")};
+    const auto workers = WorkersOf(options, kMachine);
+    for (const WorkerSpec& worker : workers.value()) {
+      const auto command = WorkerCommand(options, paths, worker, "a:1");
+      EXPECT_THAT(command, Contains("--metrics-listen"));
+      found.push_back(ValueOf(command, "--metrics-listen"));
+    }
+    return found;
+  };
+  EXPECT_THAT(ports(), ElementsAre("", "", "", "", ""));
+  options.metrics_port = 9400;
+  EXPECT_THAT(ports(), ElementsAre("127.0.0.1:9400", "127.0.0.1:9401", "127.0.0.1:9402",
+                                   "127.0.0.1:9403", "127.0.0.1:9404"));
+  options.metrics_port = 0;
+  EXPECT_THAT(ports(), Each("127.0.0.1:0"));
+  const auto again = ControllerCommand(options, paths, "a:1", 1, {"", "", "", "d:4"});
+  EXPECT_EQ(ValueOf(again, "--metrics-listen"), "d:4");
 }
 
 TEST(Commands, Worker) {
@@ -143,6 +172,9 @@ TEST_F(AddressFileTest, Controller) {
   EXPECT_EQ(addresses->public_address, "a:1");
   EXPECT_EQ(addresses->internal_address, "b:2");
   EXPECT_EQ(addresses->admin_address, "c:3");
+  EXPECT_EQ(addresses->metrics_address, "");
+  Write(R"({"public": "a:1", "internal": "b:2", "admin": "c:3", "metrics": "d:4"})");
+  EXPECT_EQ(ReadControllerAddresses(path_)->metrics_address, "d:4");
   Write("{\"public\": \"a:1\"}");
   EXPECT_EQ(ReadControllerAddresses(path_).status().code(), absl::StatusCode::kInternal);
   Write("not json");

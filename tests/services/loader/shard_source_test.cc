@@ -49,7 +49,7 @@ class ShardSourceTest : public testing::Test {
   }
 
   absl::StatusOr<std::unique_ptr<ShardSource>> Open() {
-    return ShardSource::Open(*checkpoint_, &budget_, request_);
+    return ShardSource::Open(*checkpoint_, &budget_, &metrics_, request_);
   }
 
   // All parts, checked for order, offsets and CRC; in `planes_` what they add up to.
@@ -82,10 +82,26 @@ class ShardSourceTest : public testing::Test {
   checkpoint::TempDir dir_;
   std::unique_ptr<Checkpoint> checkpoint_;
   MemoryBudget budget_{1 << 20};
+  LoaderMetrics metrics_;
   FetchRequest request_;
   std::vector<std::string> names_;
   std::map<std::string, std::string> planes_;
 };
+
+TEST_F(ShardSourceTest, CountsWhatItConverts) {
+  request_.mutable_layers()->set_end(2);
+  Fetch();
+  uint64_t quantized = 0;
+  for (const auto& tensor : checkpoint_->description().tensors()) {
+    if (tensor.format() != static_cast<uint32_t>(QuantFormat::kPlain)) quantized += tensor.bytes();
+  }
+  EXPECT_GT(quantized, 0u);
+  EXPECT_EQ(metrics_.converted_bytes.value(), quantized);
+  uint64_t samples = 0;
+  for (const uint64_t count : metrics_.conversion_seconds.counts()) samples += count;
+  EXPECT_EQ(samples, 1u);  // One quantized tensor
+  EXPECT_GT(metrics_.conversion_seconds.sum(), 0);
+}
 
 TEST_F(ShardSourceTest, SendsTheLayersAskedFor) {
   request_.mutable_layers()->set_begin(1);

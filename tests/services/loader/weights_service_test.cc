@@ -4,11 +4,13 @@
 #include <thread>
 
 #include "services/loader/shard_source.h"
+#include "services/metrics/metrics_server.h"
 #include "services/rpc/channel.h"
 #include "services/rpc/crc32c.h"
 #include "services/rpc/server_runner.h"
 #include "tests/services/checkpoint/checkpoint_builder.h"
 #include "tests/services/checkpoint/fails.h"
+#include "tests/support/scrape.h"
 
 namespace sluice::loader {
 namespace {
@@ -90,6 +92,40 @@ TEST_F(WeightsServiceTest, FetchesFiles) {
   }
   EXPECT_TRUE(reader->Finish().ok());
   EXPECT_EQ(content, std::string(kPartBytes + 5, 't'));
+}
+
+TEST_F(WeightsServiceTest, ShowsPrometheusWhatItServed) {
+  const auto server = metrics::MetricsServer::Start(
+      "127.0.0.1:0", [this](metrics::Page* page) { service_->Collect(page); });
+  ASSERT_TRUE(server.ok()) << server.status();
+  const std::string model = "model_name=\"" + checkpoint_->description().model_name() + "\"";
+  const std::string tensors = "sluice_loader_served_bytes_total{" + model + ",kind=\"tensor\"}";
+  const std::string files = "sluice_loader_served_bytes_total{" + model + ",kind=\"file\"}";
+  Scrape before = ScrapeMetrics((*server)->port());
+  EXPECT_EQ(before.types["sluice_loader_served_bytes_total"], "counter");
+  EXPECT_EQ(before.types["sluice_loader_converted_bytes_total"], "counter");
+  EXPECT_EQ(before.types["sluice_loader_conversion_seconds"], "histogram");
+  EXPECT_EQ(before.types["sluice_loader_streams"], "gauge");
+  EXPECT_EQ(before.Value(tensors), 0);
+  EXPECT_EQ(before.Value(files), 0);
+  grpc::ClientContext context;
+  auto reader = stub_->Fetch(&context, Everything());
+  v1::FetchResponse part;
+  double bytes = 0;
+  while (reader->Read(&part)) bytes += static_cast<double>(part.data().size());
+  EXPECT_TRUE(reader->Finish().ok());
+  v1::FetchFileRequest request;
+  request.set_model_digest(checkpoint_->description().model_digest());
+  request.set_name("tokenizer.json");
+  grpc::ClientContext file_context;
+  auto file_reader = stub_->FetchFile(&file_context, request);
+  v1::FetchFileResponse piece;
+  while (file_reader->Read(&piece)) {
+  }
+  EXPECT_TRUE(file_reader->Finish().ok());
+  const Scrape after = ScrapeMetrics((*server)->port());
+  EXPECT_EQ(after.Value(tensors), bytes);
+  EXPECT_EQ(after.Value(files), kPartBytes + 5);
 }
 
 TEST_F(WeightsServiceTest, EndsBadCallsWithTheirCode) {
