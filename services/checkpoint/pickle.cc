@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
@@ -20,7 +19,7 @@ constexpr size_t kMaxMarks = 64;
 constexpr uint8_t kMaxDepth = 64;
 constexpr size_t kMaxTextBytes = 4096;
 
-// All names that a pickle may hold. Storages and dtypes are checked again by who reads them.
+// All names that a pickle may hold.
 constexpr const char* kCallable[] = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2",
                                      "torch._utils _rebuild_parameter", "torch Size"};
 constexpr const char* kStorages[] = {
@@ -272,7 +271,7 @@ class Machine {
     SLUICE_ASSIGN_OR_RETURN(const auto key, Take<Key>());
     const size_t floor = marks_.empty() ? 0 : marks_.back();
     if (stack_.size() <= floor) return Bad("keeps a value that is not there");
-    // Python numbers them one after the other; a key is never a reason to allocate.
+    // A map, so that a large key is no reason to allocate.
     if (memo_.size() >= kMaxValues) return Bad("keeps too many values");
     memo_[key] = stack_.back();
     return absl::OkStatus();
