@@ -1,5 +1,7 @@
 // Bad PyTorch files, by name (rules F9 to F13): each is refused with an error that names the file
 // and the rule.
+#include <sys/resource.h>
+
 #include "tests/services/checkpoint/checkpoint_builder.h"
 #include "tests/services/checkpoint/fails.h"
 #include "tests/services/checkpoint/torch_builder.h"
@@ -203,6 +205,29 @@ TEST(TorchBadTest, Bombs) {
       {"marks", Code(Pickle(Times(65, "("))), "64 open marks"},
       {"a dict that holds itself", self, "must hold tensors only"},
   });
+}
+
+// The largest graphs that the caps let through to the error: 64 MiB at most, as for any bad file.
+TEST(TorchBadTest, BombsStaySmall) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "a sanitizer's own memory would be counted";
+#endif
+  const auto peak_kib = [] {
+    rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_maxrss;
+  };
+  const std::string strings = Times(75'000, Text("twenty bytes of text")),
+                    lists = Times(60'000, "]Na");
+  for (const std::string& pickle : {Pickle(Times(4, "(" + strings + "t") + "N"),
+                                    Pickle("(" + Times(5, "(" + lists + "t") + "t")}) {
+    const TempDir dir;
+    dir.Write("pytorch_model.bin", Code(pickle));
+    const absl::StatusOr<ModelDir> model = ModelDir::Open(dir.path());
+    const int64_t before = peak_kib();
+    EXPECT_TRUE(Invalid(TensorSet::Open(*model).status(), {"300000 values"}));
+    EXPECT_LT(peak_kib() - before, 64 << 10);
+  }
 }
 
 TEST(TorchBadTest, BrokenPickles) {
