@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/core/check.h"
 #include "kernels/core/status_macros.h"
+#include "services/checkpoint/hf_cache.h"
 #include "services/checkpoint/reader_checkpoint.h"
 
 namespace sluice::checkpoint {
@@ -30,22 +31,22 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> OpenFolder(const std::string& path) 
   if (ggufs.size() == 1) return OpenGgufCheckpoint(dir, ggufs[0]);
   return absl::NotFoundError(absl::StrCat(
       path, ": no model here; looked for config.json and for one .gguf file, found ", ggufs.size(),
-      " .gguf files", ggufs.empty() ? "" : "; name the file instead of the folder"));
+      " .gguf files", ggufs.empty() ? "" : " (name the file instead of the folder)",
+      "; the folder holds ", ListText(names)));
 }
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& path) {
+absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& model,
+                                                             const std::string& revision) {
+  SLUICE_ASSIGN_OR_RETURN(const std::string path, ResolveModel(model, revision));
   std::error_code error;
   const std::filesystem::path real = std::filesystem::canonical(path, error);
-  if (error) {
-    return absl::NotFoundError(absl::StrCat(path, ": ", error.message(),
-                                            "; give a Hugging Face model folder or a .gguf file"));
-  }
+  if (error) return absl::NotFoundError(absl::StrCat(path, ": ", error.message()));
   if (std::filesystem::is_directory(real, error)) return OpenFolder(real.string());
   if (!absl::EndsWith(path, ".gguf") && !absl::EndsWith(real.string(), ".gguf")) {
     return absl::InvalidArgumentError(absl::StrCat(
-        path, ": give the model's folder (with config.json and *.safetensors) or a .gguf file"));
+        path, ": give the model's folder (with config.json and weights) or a .gguf file"));
   }
   SLUICE_ASSIGN_OR_RETURN(const ModelDir dir, ModelDir::Open(real.parent_path().string()));
   return OpenGgufCheckpoint(dir, real.filename().string());

@@ -18,11 +18,13 @@ class Checkpoint {
  public:
   virtual ~Checkpoint() = default;
 
-  // `path`: a Hugging Face folder (config.json with safetensors, single or sharded) or a .gguf
-  // file. Every size, shape and name is checked here, from headers. Errors name file, tensor or
-  // field, the rule and the way out: NOT_FOUND (nothing there, lists what was looked for),
-  // INVALID_ARGUMENT (broken), UNIMPLEMENTED (unsupported, by name).
-  static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& path);
+  // `model`: a Hugging Face folder (config.json with weights in safetensors or PyTorch's .bin,
+  // single or sharded), a .gguf file, or the name of a model in the Hugging Face cache, there at
+  // `revision` (hf_cache.h). Every size, shape and name is checked here, from headers. Errors name
+  // file, tensor or field, the rule and the way out: NOT_FOUND (nothing there, lists what was
+  // looked for and what is there), INVALID_ARGUMENT (broken), UNIMPLEMENTED (unsupported, by name).
+  static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& model,
+                                                          const std::string& revision = "");
 
   // Model, tensors (loader's order), source tensors, files, quantization, warnings, digest.
   const internal::v1::PlanShardsResponse& description() const { return description_; }

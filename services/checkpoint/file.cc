@@ -97,6 +97,19 @@ absl::Status CheckNotLfsPointer(const std::string& begin, const std::string& nam
       name, ": a Git LFS pointer, not the file itself; run `git lfs pull` in the model's folder"));
 }
 
+std::string ListText(const std::vector<std::string>& names) {
+  constexpr size_t kMaxNames = 20;
+  if (names.empty()) return "nothing";
+  std::string text;
+  for (size_t i = 0; i < std::min(names.size(), kMaxNames); ++i) {
+    absl::StrAppend(&text, i == 0 ? "" : ", ", Printable(names[i]));
+  }
+  if (names.size() > kMaxNames) {
+    absl::StrAppend(&text, " and ", names.size() - kMaxNames, " more");
+  }
+  return text;
+}
+
 ModelDir::ModelDir(int fd, std::string path) : fd_(fd), path_(std::move(path)), root_(path_) {
   const std::filesystem::path snapshots = std::filesystem::path(path_).parent_path();
   if (snapshots.filename() == "snapshots") root_ = snapshots.parent_path().string();
@@ -172,7 +185,8 @@ absl::StatusOr<std::vector<std::string>> ModelDir::List() const {
   }
   std::vector<std::string> names;
   while (const dirent* entry = readdir(dir)) {
-    names.emplace_back(entry->d_name);
+    const std::string name = entry->d_name;
+    if (name != "." && name != "..") names.push_back(name);
     if (names.size() > kMaxEntries) break;
   }
   closedir(dir);

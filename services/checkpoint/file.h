@@ -43,6 +43,9 @@ class File {
 // to get the file.
 absl::Status CheckNotLfsPointer(const std::string& begin, const std::string& name);
 
+// For messages: "a, b, c and 7 more", unprintable bytes as '?'; "nothing" for an empty list.
+std::string ListText(const std::vector<std::string>& names);
+
 // Owns the descriptor of a model's folder.
 class ModelDir {
  public:
@@ -59,7 +62,7 @@ class ModelDir {
   // model, a folder, a pipe or a device (which is not opened).
   absl::StatusOr<std::unique_ptr<File>> OpenFile(const std::string& name) const;
 
-  // Names in the folder, sorted. INVALID_ARGUMENT above 10,000 entries.
+  // Names in the folder, sorted, without "." and "..". INVALID_ARGUMENT above 10,000 entries.
   absl::StatusOr<std::vector<std::string>> List() const;
 
  private:

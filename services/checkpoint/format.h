@@ -12,7 +12,7 @@
 #include "services/checkpoint/gguf.h"
 #include "services/checkpoint/layout.h"
 #include "services/checkpoint/quant_config.h"
-#include "services/checkpoint/safetensors.h"
+#include "services/checkpoint/tensor_set.h"
 
 namespace sluice::checkpoint {
 

@@ -1,4 +1,4 @@
-// A model in a Hugging Face folder: config.json, safetensors, tokenizer files.
+// A model in a Hugging Face folder: config.json, weights, tokenizer files.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -10,6 +10,7 @@
 #include "absl/strings/str_join.h"
 #include "kernels/core/status_macros.h"
 #include "services/checkpoint/hash.h"
+#include "services/checkpoint/hf_cache.h"
 #include "services/checkpoint/hf_config.h"
 #include "services/checkpoint/reader_checkpoint.h"
 
@@ -77,8 +78,7 @@ class HfCheckpoint : public ReaderCheckpoint {
     description_.mutable_quant()->set_symmetric(quant_.symmetric);
     description_.set_writer(WriterOf(quant_files.config));
     description_.set_model_digest(HexHash(fingerprint_ + set_.fingerprint()));
-    const size_t slash = dir_.path().rfind('/');
-    description_.set_model_name(dir_.path().substr(slash + 1));
+    description_.set_model_name(ModelNameOfPath(dir_.path()));
     return absl::OkStatus();
   }
 

@@ -110,17 +110,21 @@ absl::StatusOr<std::vector<WorkerSpec>> WorkersOf(const UpOptions& options,
 
 std::vector<std::string> LoaderCommand(const UpOptions& options, const ClusterPaths& paths,
                                        const std::string& address) {
-  return {paths.programs + "/sluice-loader",
-          "--model",
-          options.model,
-          "--listen",
-          Or(address, kAnyPort),
-          "--metrics-listen",
-          MetricsAddress(options, 1),
-          "--log-level",
-          options.log_level,
-          "--address-file",
-          paths.loader_file()};
+  std::vector<std::string> command = {paths.programs + "/sluice-loader",
+                                      "--model",
+                                      options.model,
+                                      "--listen",
+                                      Or(address, kAnyPort),
+                                      "--metrics-listen",
+                                      MetricsAddress(options, 1),
+                                      "--log-level",
+                                      options.log_level,
+                                      "--address-file",
+                                      paths.loader_file()};
+  if (!options.revision.empty()) {
+    command.insert(command.end(), {"--revision", options.revision});
+  }
+  return command;
 }
 
 std::vector<std::string> ControllerCommand(const UpOptions& options, const ClusterPaths& paths,

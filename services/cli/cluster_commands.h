@@ -14,6 +14,7 @@ namespace sluice::cli {
 // What a user says to `sluice up`. 0 and "" mean: chosen by us, or the program's own default.
 struct UpOptions {
   std::string model;
+  std::string revision;
   std::string model_name;
   int workers = 0;  // 0: the devices of max_memory, or 1
   std::string device = "cpu";

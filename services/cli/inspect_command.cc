@@ -22,6 +22,7 @@ using internal::v1::PlanShardsResponse;
 
 struct InspectFlags {
   std::string model;
+  std::string revision;
   bool headers = false;
   bool json = false;
 };
@@ -115,7 +116,7 @@ void PrintJson(const PlanShardsResponse& model, const checkpoint::ValueReport& r
 }
 
 int Inspect(const InspectFlags& flags) {
-  const auto checkpoint = checkpoint::Checkpoint::Open(flags.model);
+  const auto checkpoint = checkpoint::Checkpoint::Open(flags.model, flags.revision);
   if (!checkpoint.ok()) {
     std::fprintf(stderr, "sluice inspect: %s\n",
                  std::string(checkpoint.status().message()).c_str());
@@ -140,8 +141,11 @@ void AddInspectCommand(CLI::App& app, int* exit_code) {
   CLI::App* command =
       app.add_subcommand("inspect", "Show what a checkpoint is, and what is odd or wrong with it");
   auto flags = std::make_shared<InspectFlags>();
-  rpc::AddFlag(*command, "model", &flags->model, "Hugging Face model folder or .gguf file")
+  rpc::AddFlag(*command, "model", &flags->model,
+               "Model folder, .gguf file, or name in the Hugging Face cache")
       ->required();
+  rpc::AddFlag(*command, "revision", &flags->revision,
+               "Branch, tag or commit of a model of the Hugging Face cache; default: main");
   command->add_flag("--headers", flags->headers, "Headers alone: read no values");
   command->add_flag("--json", flags->json, "JSON for programs");
   command->callback([flags, exit_code] { *exit_code = Inspect(*flags); });

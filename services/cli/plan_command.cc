@@ -16,6 +16,7 @@ namespace {
 
 struct PlanFlags {
   std::string model;
+  std::string revision;
   std::string device_map = "auto";
   std::string max_memory;
   int workers = 1;
@@ -65,7 +66,8 @@ absl::Status Plan(const PlanFlags& flags) {
   plan::PlanOptions options = flags.options;
   plan::MaxMemory max_memory;
   SLUICE_RETURN_IF_ERROR(ReadFlags(flags, &options, &max_memory));
-  SLUICE_ASSIGN_OR_RETURN(const auto checkpoint, checkpoint::Checkpoint::Open(flags.model));
+  SLUICE_ASSIGN_OR_RETURN(const auto checkpoint,
+                          checkpoint::Checkpoint::Open(flags.model, flags.revision));
   const auto& model = checkpoint->description();
   SLUICE_ASSIGN_OR_RETURN(const plan::DeviceMapPlan result,
                           plan::PlanDeviceMap(model, max_memory, options));
@@ -86,8 +88,11 @@ void AddPlanCommand(CLI::App& app, int* exit_code) {
   CLI::App* command =
       app.add_subcommand("plan", "Show which layer would go where, and why, from headers alone");
   auto flags = std::make_shared<PlanFlags>();
-  rpc::AddFlag(*command, "model", &flags->model, "Hugging Face model folder or .gguf file")
+  rpc::AddFlag(*command, "model", &flags->model,
+               "Model folder, .gguf file, or name in the Hugging Face cache")
       ->required();
+  rpc::AddFlag(*command, "revision", &flags->revision,
+               "Branch, tag or commit of a model of the Hugging Face cache; default: main");
   rpc::AddFlag(*command, "device-map", &flags->device_map,
                "sequential, auto, balanced, balanced_low_0, or a JSON object module -> device");
   rpc::AddFlag(*command, "max-memory", &flags->max_memory,

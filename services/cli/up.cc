@@ -21,8 +21,11 @@ struct UpFlags {
 };
 
 void AddModelFlags(CLI::App& command, UpOptions* options) {
-  rpc::AddFlag(command, "model", &options->model, "Hugging Face model folder or .gguf file")
+  rpc::AddFlag(command, "model", &options->model,
+               "Model folder, .gguf file, or name in the Hugging Face cache")
       ->required();
+  rpc::AddFlag(command, "revision", &options->revision,
+               "Branch, tag or commit of a model of the Hugging Face cache; default: main");
   rpc::AddFlag(command, "model-name", &options->model_name,
                "Name for clients; default: the folder's or file's");
   rpc::AddFlag(command, "device-map", &options->device_map,

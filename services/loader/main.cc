@@ -28,6 +28,7 @@ constexpr unsigned kLastResortSeconds = 10;
 
 struct Flags {
   std::string model;
+  std::string revision;
   std::string listen = "127.0.0.1:0";
   std::string metrics_listen;
   std::string address_file;
@@ -37,9 +38,12 @@ struct Flags {
 };
 
 void AddFlags(CLI::App& app, Flags* flags) {
-  rpc::AddFlag(app, "model", &flags->model,
-               "Hugging Face model folder (config.json, *.safetensors) or a .gguf file")
+  rpc::AddFlag(
+      app, "model", &flags->model,
+      "Model folder (config.json and weights), .gguf file, or name in the Hugging Face cache")
       ->required();
+  rpc::AddFlag(app, "revision", &flags->revision,
+               "Branch, tag or commit of a model of the Hugging Face cache; default: main");
   rpc::AddFlag(app, "listen", &flags->listen, "host:port to listen on; port 0: any");
   rpc::AddFlag(app, "metrics-listen", &flags->metrics_listen,
                "host:port for Prometheus, GET /metrics; port 0: any; empty: none");
@@ -96,7 +100,7 @@ absl::Status Serve(const Flags& flags) {
     SLUICE_RETURN_IF_ERROR(rpc::DieWithParent(flags.parent_pid > 0 ? flags.parent_pid : getppid()));
   }
   SLUICE_ASSIGN_OR_RETURN(const std::unique_ptr<checkpoint::Checkpoint> checkpoint,
-                          checkpoint::Checkpoint::Open(flags.model));
+                          checkpoint::Checkpoint::Open(flags.model, flags.revision));
   LogModel(*checkpoint);
   WeightsService service(*checkpoint);
   grpc::Service* const services[] = {&service};

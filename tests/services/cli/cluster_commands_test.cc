@@ -90,6 +90,9 @@ TEST(Commands, LoaderComesBackWhereItWas) {
   EXPECT_EQ(ValueOf(LoaderCommand(options, paths, ""), "--listen"), "127.0.0.1:0");
   EXPECT_EQ(ValueOf(LoaderCommand(options, paths, "127.0.0.1:77"), "--listen"), "127.0.0.1:77");
   EXPECT_EQ(LoaderCommand(options, paths, "")[0], "/bin-folder/sluice-loader");
+  EXPECT_THAT(LoaderCommand(options, paths, ""), Not(Contains("--revision")));
+  options.revision = "v1.0";
+  EXPECT_EQ(ValueOf(LoaderCommand(options, paths, ""), "--revision"), "v1.0");
 }
 
 TEST(Commands, ControllerGetsWhatTheUserSaid) {
