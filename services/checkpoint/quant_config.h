@@ -23,7 +23,7 @@ struct QuantConfig {
   // carry.
   bool packed_zeros = false;
   bool symmetric = false;  // As the configuration says; the zeros themselves decide
-  bool mixed = false;  // GPTQ "dynamic": group size may differ by module; the tensors tell.
+  bool mixed = false;      // GPTQ "dynamic": group size may differ by module; the tensors tell.
   std::vector<std::string> warnings;
 };
 

@@ -1,5 +1,6 @@
 #include "services/rpc/channel.h"
 
+#include <grpc/grpc.h>
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/support/channel_arguments.h>
@@ -26,7 +27,16 @@ void SetLink(grpc::ChannelArguments* args) {
 
 }  // namespace
 
+void KeepGrpcUp() {
+  static const bool kept = [] {
+    grpc_init();  // Never given back, on purpose
+    return true;
+  }();
+  static_cast<void>(kept);
+}
+
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, ChannelKind kind) {
+  KeepGrpcUp();
   grpc::ChannelArguments args;
   args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // Its own connection
   args.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);

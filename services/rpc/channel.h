@@ -27,4 +27,9 @@ enum class ChannelKind {
 // used; reconnects by itself, after 0.1 to 1 s. Plain text.
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, ChannelKind kind);
 
+// Keeps gRPC up until the process ends; MakeChannel and ServerRunner call it. Otherwise the end of
+// the last channel or server shuts the library down, which in 1.51 can wait 10 s for a thread of
+// its own.
+void KeepGrpcUp();
+
 }  // namespace sluice::rpc

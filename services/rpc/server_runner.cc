@@ -69,6 +69,7 @@ absl::StatusOr<std::unique_ptr<ServerRunner>> ServerRunner::Start(
   if (options.addresses.empty()) {
     return absl::InvalidArgumentError("a server needs an address to listen on, e.g. 127.0.0.1:0");
   }
+  KeepGrpcUp();
   EnablePlugins();
   auto runner = std::unique_ptr<ServerRunner>(new ServerRunner());
   runner->ports_.resize(options.addresses.size());
