@@ -30,9 +30,7 @@ struct Flags {
   int threads = 0;
   std::string memory;
   std::string metrics_listen;
-  std::string log_level = "info";
-  bool die_with_parent = false;
-  int parent_pid = 0;
+  rpc::ProcessFlags process;
 };
 
 void AddFlags(CLI::App& app, Flags* flags) {
@@ -55,11 +53,7 @@ void AddFlags(CLI::App& app, Flags* flags) {
                "free");
   rpc::AddFlag(app, "metrics-listen", &flags->metrics_listen,
                "host:port for Prometheus, GET /metrics; port 0: any; empty: none");
-  rpc::AddFlag(app, "log-level", &flags->log_level, "debug, info, warning or error");
-  rpc::AddSwitch(app, "die-with-parent", &flags->die_with_parent,
-                 "End when the process that started this one ends");
-  rpc::AddFlag(app, "parent-pid", &flags->parent_pid,
-               "With --die-with-parent: its process id, if it may have ended already");
+  rpc::AddProcessFlags(app, &flags->process);
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(Flags* flags) {
@@ -90,7 +84,7 @@ absl::Status SetMemory(Flags* flags) {
 }
 
 absl::Status Serve(Flags* flags) {
-  SLUICE_RETURN_IF_ERROR(rpc::InitLog("worker", flags->log_level));
+  SLUICE_RETURN_IF_ERROR(rpc::InitLog("worker", flags->process.log_level));
   std::unique_ptr<Worker> worker;
   std::mutex mutex;  // Guards worker and stopped
   bool stopped = false;
@@ -103,10 +97,7 @@ absl::Status Serve(Flags* flags) {
       worker->Stop();
     }
   });
-  if (flags->die_with_parent) {
-    SLUICE_RETURN_IF_ERROR(
-        rpc::DieWithParent(flags->parent_pid > 0 ? flags->parent_pid : getppid()));
-  }
+  SLUICE_RETURN_IF_ERROR(rpc::FollowParent(flags->process));
   SLUICE_RETURN_IF_ERROR(SetMemory(flags));
   SLUICE_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend, MakeBackend(flags));
   flags->worker.device_name = backend->Name();

@@ -63,6 +63,13 @@ absl::Status CheckFinitePlain(DType dtype, const uint8_t* data, uint64_t bytes, 
   return absl::OkStatus();
 }
 
+absl::StatusOr<StoredTensor> FindPart(const TensorRequest& request, const char* part) {
+  const StoredTensor* found = request.set->Find(request.base + part);
+  if (found != nullptr) return *found;
+  return absl::InvalidArgumentError(absl::StrCat(
+      "tensor ", request.base, part, " is missing; quantize or download the model again"));
+}
+
 absl::Status CheckUnusedBias(const StoredTensor* bias) {
   if (bias == nullptr) return absl::OkStatus();
   std::vector<uint8_t> bytes(bias->bytes);

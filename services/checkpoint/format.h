@@ -73,6 +73,9 @@ TensorReaderOr MakeGgufReader(const GgufFile& gguf, const GgufTensor& tensor,
                               const ExpectedTensor& expected, uint32_t heads);
 
 // Helpers of the formats
+// The tensor `base` + `part`, e.g. ".qweight". INVALID_ARGUMENT when it is missing.
+absl::StatusOr<StoredTensor> FindPart(const TensorRequest& request, const char* part);
+
 // -------------------------------------------------------------------------------------------
 
 // INVALID_ARGUMENT, naming tensor, file, what is there and what is wanted, unless dtype and shape

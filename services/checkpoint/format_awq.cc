@@ -95,22 +95,15 @@ class AwqReader : public TensorReader {
   const AwqParts parts_;
 };
 
-absl::StatusOr<StoredTensor> Part(const TensorRequest& request, const char* part) {
-  const StoredTensor* found = request.set->Find(request.base + part);
-  if (found != nullptr) return *found;
-  return absl::InvalidArgumentError(absl::StrCat(
-      "tensor ", request.base, part, " is missing; quantize or download the model again"));
-}
-
 }  // namespace
 
 TensorReaderOr MakeAwqReader(const TensorRequest& request, const QuantConfig& config) {
   const int64_t n = request.expected.n, k = request.expected.k;
   const auto un = static_cast<uint64_t>(n), uk = static_cast<uint64_t>(k);
   AwqParts parts;
-  SLUICE_ASSIGN_OR_RETURN(parts.qweight, Part(request, ".qweight"));
-  SLUICE_ASSIGN_OR_RETURN(parts.qzeros, Part(request, ".qzeros"));
-  SLUICE_ASSIGN_OR_RETURN(parts.scales, Part(request, ".scales"));
+  SLUICE_ASSIGN_OR_RETURN(parts.qweight, FindPart(request, ".qweight"));
+  SLUICE_ASSIGN_OR_RETURN(parts.qzeros, FindPart(request, ".qzeros"));
+  SLUICE_ASSIGN_OR_RETURN(parts.scales, FindPart(request, ".scales"));
   parts.unused_bias = request.unused_bias;
   const int64_t group_size = config.group_size == -1 ? k : config.group_size;
   if (n % kPerWord != 0 || k % kPerWord != 0 || k % group_size != 0) {

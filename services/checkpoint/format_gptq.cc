@@ -168,13 +168,6 @@ class GptqReader : public TensorReader {
   const bool packed_zeros_;
 };
 
-absl::StatusOr<StoredTensor> Part(const TensorRequest& request, const char* part) {
-  const StoredTensor* found = request.set->Find(request.base + part);
-  if (found != nullptr) return *found;
-  return absl::InvalidArgumentError(absl::StrCat(
-      "tensor ", request.base, part, " is missing; quantize or download the model again"));
-}
-
 // The group size that the number of groups in the file stands for; the configuration's unless it
 // may differ by module.
 absl::StatusOr<int64_t> GroupSize(const QuantConfig& config, const StoredTensor& scales,
@@ -194,9 +187,9 @@ TensorReaderOr MakeGptqReader(const TensorRequest& request, const QuantConfig& c
   const int64_t n = request.expected.n, k = request.expected.k;
   const auto un = static_cast<uint64_t>(n), uk = static_cast<uint64_t>(k);
   GptqParts parts;
-  SLUICE_ASSIGN_OR_RETURN(parts.qweight, Part(request, ".qweight"));
-  SLUICE_ASSIGN_OR_RETURN(parts.qzeros, Part(request, ".qzeros"));
-  SLUICE_ASSIGN_OR_RETURN(parts.scales, Part(request, ".scales"));
+  SLUICE_ASSIGN_OR_RETURN(parts.qweight, FindPart(request, ".qweight"));
+  SLUICE_ASSIGN_OR_RETURN(parts.qzeros, FindPart(request, ".qzeros"));
+  SLUICE_ASSIGN_OR_RETURN(parts.scales, FindPart(request, ".scales"));
   parts.g_idx = request.set->Find(request.base + ".g_idx");
   parts.unused_bias = request.unused_bias;
   if (n % kPerWord != 0 || k % kPerWord != 0) {

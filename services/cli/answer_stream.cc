@@ -57,6 +57,11 @@ StreamedAnswer StreamAnswer(const std::string& address, const v1::StreamGenerate
   return answer;
 }
 
+void PrintPiece(const std::string& text) {
+  std::fwrite(text.data(), 1, text.size(), stdout);
+  std::fflush(stdout);
+}
+
 std::string StatsLine(const StreamedAnswer& answer) {
   char text[160];
   std::snprintf(text, sizeof(text),

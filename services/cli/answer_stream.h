@@ -28,6 +28,9 @@ StreamedAnswer StreamAnswer(const std::string& address, const v1::StreamGenerate
                             grpc::ClientContext* context,
                             const std::function<void(const std::string&)>& on_text);
 
+// Writes a piece of an answer to standard output at once; an `on_text` for people who watch.
+void PrintPiece(const std::string& text);
+
 // "time to first token 0.12 s, 24 tokens, 31.4 tokens/s".
 std::string StatsLine(const StreamedAnswer& answer);
 

@@ -42,11 +42,7 @@ int Chat(const ChatFlags& flags) {
     }
     AddMessage(request.mutable_chat_messages(), "user", line);
     grpc::ClientContext context;
-    const StreamedAnswer answer =
-        StreamAnswer(flags.address, request, &context, [](const std::string& text) {
-          std::fwrite(text.data(), 1, text.size(), stdout);
-          std::fflush(stdout);
-        });
+    const StreamedAnswer answer = StreamAnswer(flags.address, request, &context, PrintPiece);
     std::printf("\n");
     if (!answer.status.ok()) {
       std::fprintf(stderr, "%s\n", ErrorLine(answer.status, flags.address).c_str());

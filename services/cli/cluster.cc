@@ -166,11 +166,7 @@ void Cluster::StartAnswer() {
     v1::StreamGenerateRequest request;
     SetSampling(sampling_, &request);
     request.set_text(options_.once);
-    answer_ = StreamAnswer(addresses_.public_address, request, &answer_context_,
-                           [](const std::string& text) {
-                             std::fwrite(text.data(), 1, text.size(), stdout);
-                             std::fflush(stdout);
-                           });
+    answer_ = StreamAnswer(addresses_.public_address, request, &answer_context_, PrintPiece);
     answered_ = true;
   });
 }

@@ -33,11 +33,7 @@ int Generate(GenerateFlags& flags) {
     request.set_text(flags.prompt);
   }
   grpc::ClientContext context;
-  const StreamedAnswer answer =
-      StreamAnswer(flags.address, request, &context, [](const std::string& text) {
-        std::fwrite(text.data(), 1, text.size(), stdout);
-        std::fflush(stdout);
-      });
+  const StreamedAnswer answer = StreamAnswer(flags.address, request, &context, PrintPiece);
   std::printf("\n");
   if (!answer.status.ok()) {
     std::fprintf(stderr, "%s\n", ErrorLine(answer.status, flags.address).c_str());

@@ -11,6 +11,7 @@
 #include "absl/strings/str_format.h"
 #include "services/checkpoint/checkpoint.h"
 #include "services/checkpoint/value_check.h"
+#include "services/cli/checkpoint_flags.h"
 #include "services/cli/commands.h"
 #include "services/cli/progress.h"
 #include "services/rpc/flags.h"
@@ -141,11 +142,7 @@ void AddInspectCommand(CLI::App& app, int* exit_code) {
   CLI::App* command =
       app.add_subcommand("inspect", "Show what a checkpoint is, and what is odd or wrong with it");
   auto flags = std::make_shared<InspectFlags>();
-  rpc::AddFlag(*command, "model", &flags->model,
-               "Model folder, .gguf file, or name in the Hugging Face cache")
-      ->required();
-  rpc::AddFlag(*command, "revision", &flags->revision,
-               "Branch, tag or commit of a model of the Hugging Face cache; default: main");
+  AddCheckpointFlags(*command, &flags->model, &flags->revision);
   command->add_flag("--headers", flags->headers, "Headers alone: read no values");
   command->add_flag("--json", flags->json, "JSON for programs");
   command->callback([flags, exit_code] { *exit_code = Inspect(*flags); });

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/core/status_macros.h"
 #include "services/checkpoint/checkpoint.h"
+#include "services/cli/checkpoint_flags.h"
 #include "services/cli/commands.h"
 #include "services/cli/resources.h"
 #include "services/plan/device_map.h"
@@ -88,11 +89,7 @@ void AddPlanCommand(CLI::App& app, int* exit_code) {
   CLI::App* command =
       app.add_subcommand("plan", "Show which layer would go where, and why, from headers alone");
   auto flags = std::make_shared<PlanFlags>();
-  rpc::AddFlag(*command, "model", &flags->model,
-               "Model folder, .gguf file, or name in the Hugging Face cache")
-      ->required();
-  rpc::AddFlag(*command, "revision", &flags->revision,
-               "Branch, tag or commit of a model of the Hugging Face cache; default: main");
+  AddCheckpointFlags(*command, &flags->model, &flags->revision);
   rpc::AddFlag(*command, "device-map", &flags->device_map,
                "sequential, auto, balanced, balanced_low_0, or a JSON object module -> device");
   rpc::AddFlag(*command, "max-memory", &flags->max_memory,

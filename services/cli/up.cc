@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "absl/strings/str_cat.h"
+#include "services/cli/checkpoint_flags.h"
 #include "services/cli/cluster.h"
 #include "services/cli/commands.h"
 #include "services/cli/resources.h"
@@ -21,11 +22,7 @@ struct UpFlags {
 };
 
 void AddModelFlags(CLI::App& command, UpOptions* options) {
-  rpc::AddFlag(command, "model", &options->model,
-               "Model folder, .gguf file, or name in the Hugging Face cache")
-      ->required();
-  rpc::AddFlag(command, "revision", &options->revision,
-               "Branch, tag or commit of a model of the Hugging Face cache; default: main");
+  AddCheckpointFlags(command, &options->model, &options->revision);
   rpc::AddFlag(command, "model-name", &options->model_name,
                "Name for clients; default: the folder's or file's");
   rpc::AddFlag(command, "device-map", &options->device_map,

@@ -25,9 +25,7 @@ struct Flags {
   std::string dtype = "auto";
   int longest_request_ms = 10 * 60 * 1000;
   int drain_ms = 5000;
-  std::string log_level = "info";
-  bool die_with_parent = false;
-  int parent_pid = 0;
+  rpc::ProcessFlags process;
 };
 
 void AddAddressFlags(CLI::App& app, Flags* flags) {
@@ -80,11 +78,7 @@ void AddServingFlags(CLI::App& app, Flags* flags) {
       ->check(CLI::Range(1, 24 * 3600 * 1000));
   rpc::AddFlag(app, "drain-ms", &flags->drain_ms, "How long SIGTERM waits for live requests")
       ->check(CLI::Range(0, 3600 * 1000));
-  rpc::AddFlag(app, "log-level", &flags->log_level, "debug, info, warning or error");
-  rpc::AddSwitch(app, "die-with-parent", &flags->die_with_parent,
-                 "End when the process that started this one ends");
-  rpc::AddFlag(app, "parent-pid", &flags->parent_pid,
-               "With --die-with-parent: its process id, if it may have ended already");
+  rpc::AddProcessFlags(app, &flags->process);
 }
 
 absl::Status ParseModelFlags(Flags* flags) {
@@ -115,7 +109,7 @@ absl::Status ParseModelFlags(Flags* flags) {
 }
 
 absl::Status Serve(Flags* flags) {
-  if (absl::Status status = rpc::InitLog("controller", flags->log_level); !status.ok()) {
+  if (absl::Status status = rpc::InitLog("controller", flags->process.log_level); !status.ok()) {
     return status;
   }
   std::mutex mutex;  // Guards stopped
@@ -128,11 +122,8 @@ absl::Status Serve(Flags* flags) {
     stopped = true;
     wake.notify_one();
   });
-  if (flags->die_with_parent) {
-    const int parent = flags->parent_pid > 0 ? flags->parent_pid : getppid();
-    if (absl::Status status = rpc::DieWithParent(parent); !status.ok()) {
-      return status;
-    }
+  if (absl::Status status = rpc::FollowParent(flags->process); !status.ok()) {
+    return status;
   }
   if (absl::Status status = ParseModelFlags(flags); !status.ok()) {
     return status;

@@ -32,9 +32,7 @@ struct Flags {
   std::string listen = "127.0.0.1:0";
   std::string metrics_listen;
   std::string address_file;
-  std::string log_level = "info";
-  bool die_with_parent = false;
-  int parent_pid = 0;
+  rpc::ProcessFlags process;
 };
 
 void AddFlags(CLI::App& app, Flags* flags) {
@@ -49,11 +47,7 @@ void AddFlags(CLI::App& app, Flags* flags) {
                "host:port for Prometheus, GET /metrics; port 0: any; empty: none");
   rpc::AddFlag(app, "address-file", &flags->address_file,
                "File to write the address to, once the loader listens");
-  rpc::AddFlag(app, "log-level", &flags->log_level, "debug, info, warning or error");
-  rpc::AddSwitch(app, "die-with-parent", &flags->die_with_parent,
-                 "End when the process that started this one ends");
-  rpc::AddFlag(app, "parent-pid", &flags->parent_pid,
-               "With --die-with-parent: its process id, if it may have ended already");
+  rpc::AddProcessFlags(app, &flags->process);
 }
 
 void LogModel(const checkpoint::Checkpoint& checkpoint) {
@@ -85,7 +79,7 @@ absl::Status WriteAddress(const std::string& path, const std::string& address) {
 }
 
 absl::Status Serve(const Flags& flags) {
-  SLUICE_RETURN_IF_ERROR(rpc::InitLog("loader", flags.log_level));
+  SLUICE_RETURN_IF_ERROR(rpc::InitLog("loader", flags.process.log_level));
   std::mutex mutex;  // Guards stopped.
   std::condition_variable changed;
   bool stopped = false;
@@ -96,9 +90,7 @@ absl::Status Serve(const Flags& flags) {
     stopped = true;
     changed.notify_all();
   });
-  if (flags.die_with_parent) {
-    SLUICE_RETURN_IF_ERROR(rpc::DieWithParent(flags.parent_pid > 0 ? flags.parent_pid : getppid()));
-  }
+  SLUICE_RETURN_IF_ERROR(rpc::FollowParent(flags.process));
   SLUICE_ASSIGN_OR_RETURN(const std::unique_ptr<checkpoint::Checkpoint> checkpoint,
                           checkpoint::Checkpoint::Open(flags.model, flags.revision));
   LogModel(*checkpoint);

@@ -1,9 +1,13 @@
 #include "services/rpc/flags.h"
 
+#include <unistd.h>
+
 #include <cctype>
 #include <cmath>
 #include <cstdlib>
 #include <utility>
+
+#include "services/rpc/process.h"
 
 namespace sluice::rpc {
 
@@ -13,6 +17,21 @@ std::string EnvNameOf(const std::string& flag) {
     name.push_back(c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c))));
   }
   return name;
+}
+
+void AddProcessFlags(CLI::App& app, ProcessFlags* flags) {
+  AddFlag(app, "log-level", &flags->log_level, "debug, info, warning or error");
+  AddSwitch(app, "die-with-parent", &flags->die_with_parent,
+            "End when the process that started this one ends");
+  AddFlag(app, "parent-pid", &flags->parent_pid,
+          "With --die-with-parent: its process id, if it may have ended already");
+}
+
+absl::Status FollowParent(const ProcessFlags& flags) {
+  if (!flags.die_with_parent) {
+    return absl::OkStatus();
+  }
+  return DieWithParent(flags.parent_pid > 0 ? flags.parent_pid : getppid());
 }
 
 int ParseFlags(CLI::App& app, int argc, char** argv) {

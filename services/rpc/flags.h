@@ -31,6 +31,16 @@ inline CLI::Option* AddSwitch(CLI::App& app, const std::string& name, bool* targ
   return app.add_flag("--" + name, *target, help)->envname(EnvNameOf(name));
 }
 
+// What every process of Sluice lets itself be told.
+struct ProcessFlags {
+  std::string log_level = "info";
+  bool die_with_parent = false;
+  int parent_pid = 0;
+};
+void AddProcessFlags(CLI::App& app, ProcessFlags* flags);
+// DieWithParent (process.h) when the flags ask for it.
+absl::Status FollowParent(const ProcessFlags& flags);
+
 // -1: go on. Otherwise the message has been printed (help, or what is wrong) and the program ends
 // with this code.
 int ParseFlags(CLI::App& app, int argc, char** argv);
