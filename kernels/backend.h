@@ -162,6 +162,7 @@ class Backend {
     int64_t num_kv_heads = 0, head_dim = 0, block_size = 0;
     int64_t step_rows = 0;      // Most rows of a step, at most max_rows
     int64_t max_sequences = 0;  // Most sequences of a step, and most rows of logits
+    int64_t vocab = 0;          // Columns of logits; 0 on stages before the last
   };
   virtual absl::Status Reserve(const Workspace& workspace) = 0;
 
