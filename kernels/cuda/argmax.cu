@@ -23,19 +23,24 @@ __device__ uint64_t BestOfThread(const float* logits, int begin, int vocab) {
     const uint64_t key = Checked(value, static_cast<uint32_t>(id));
     best = key > best ? key : best;
   };
-  if (begin + kPerBlock <= vocab && reinterpret_cast<uintptr_t>(logits + begin) % 16 == 0) {
-    float4 values[kLoads];
+  if (reinterpret_cast<uintptr_t>(logits + begin) % 16 == 0) {
+    float values[kLoads][4];
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      values[j] = reinterpret_cast<const float4*>(logits + begin)[j * kThreads + threadIdx.x];
+      const int id = begin + (j * kThreads + static_cast<int>(threadIdx.x)) * 4;
+      if (id + 4 <= vocab) {
+        *reinterpret_cast<float4*>(values[j]) = *reinterpret_cast<const float4*>(logits + id);
+      } else {
+        for (int i = 0; i < 4; ++i) values[j][i] = id + i < vocab ? logits[id + i] : 0.0f;
+      }
     }
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       const int id = begin + (j * kThreads + static_cast<int>(threadIdx.x)) * 4;
-      take(values[j].x, id);
-      take(values[j].y, id + 1);
-      take(values[j].z, id + 2);
-      take(values[j].w, id + 3);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (id + i < vocab) take(values[j][i], id + i);
+      }
     }
     return best;
   }

@@ -7,7 +7,6 @@
 namespace sluice {
 namespace {
 
-constexpr int kNormChunks = 2;  // 16-byte loads that a thread keeps in registers
 constexpr int kMaxThreads = 1024;
 
 // Sum over the block, the same in all threads, in a fixed order. `lanes` is shared, of 32 floats;
@@ -86,29 +85,33 @@ __device__ void LoadAny(const float* from, float* to) {
   }
 }
 
-// A block takes every gridDim.x-th row. A row lies in registers, and so do the weights, which are
-// read while earlier kernels still run: cols is a multiple of kWide, at most kNormChunks * kWide *
-// blockDim.x, and all rows begin at multiples of 16 bytes.
-template <typename T>
+// A block takes every gridDim.x-th row, which lies in registers: kChunks times kWide columns a
+// thread. So do the weights, which are read while earlier kernels still run, and with one chunk the
+// bias. cols is a multiple of kWide, and all rows begin at multiples of 16 bytes.
+template <typename T, int kChunks>
 __global__ void __launch_bounds__(kMaxThreads) NormWideKernel(const NormRowsArgs args) {
   __shared__ float lanes[2][32];
   LetNextStart();
   const auto chunks = static_cast<int>(args.cols / kWide);
   const auto cols = static_cast<float>(args.cols);
-  float weight[kNormChunks][kWide];
+  float weight[kChunks][kWide];
+  float bias[kWide] = {};
 #pragma unroll
-  for (int c = 0; c < kNormChunks; ++c) {
+  for (int c = 0; c < kChunks; ++c) {
     const int chunk = c * blockDim.x + threadIdx.x;
     for (int i = 0; i < kWide; ++i) weight[c][i] = 1.0f;
     if (args.weight != nullptr && chunk < chunks) LoadAny(args.weight + chunk * kWide, weight[c]);
+    if (kChunks == 1 && args.bias != nullptr && chunk < chunks) {
+      LoadAny(args.bias + chunk * kWide, bias);
+    }
   }
   WaitForPrevious();
   for (int64_t m = blockIdx.x; m < args.rows; m += gridDim.x) {
     const T* x = NormInput<T>(args, m);
-    float values[kNormChunks][kWide];
+    float values[kChunks][kWide];
     float sum = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kNormChunks; ++c) {
+    for (int c = 0; c < kChunks; ++c) {
       const int chunk = c * blockDim.x + threadIdx.x;
       for (int i = 0; i < kWide; ++i) values[c][i] = 0.0f;
       if (chunk < chunks) Load<kWide>(x + chunk * kWide, values[c]);
@@ -117,19 +120,19 @@ __global__ void __launch_bounds__(kMaxThreads) NormWideKernel(const NormRowsArgs
     const float mean = args.kind == NormKind::kLayer ? BlockSum(sum, lanes[0]) / cols : 0.0f;
     float squares = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kNormChunks; ++c) {
+    for (int c = 0; c < kChunks; ++c) {
       if (static_cast<int>(c * blockDim.x + threadIdx.x) >= chunks) continue;
       for (int i = 0; i < kWide; ++i) squares += (values[c][i] - mean) * (values[c][i] - mean);
     }
     const float inverse = 1.0f / sqrtf(BlockSum(squares, lanes[1]) / cols + args.eps);
     T* y = static_cast<T*>(args.y) + m * args.y_stride;
 #pragma unroll
-    for (int c = 0; c < kNormChunks; ++c) {
+    for (int c = 0; c < kChunks; ++c) {
       const int chunk = c * blockDim.x + threadIdx.x;
       if (chunk >= chunks) continue;
+      if (kChunks > 1 && args.bias != nullptr) LoadAny(args.bias + chunk * kWide, bias);
       for (int i = 0; i < kWide; ++i) {
-        values[c][i] = (values[c][i] - mean) * inverse * weight[c][i];
-        if (args.bias != nullptr) values[c][i] += args.bias[chunk * kWide + i];
+        values[c][i] = (values[c][i] - mean) * inverse * weight[c][i] + bias[i];
       }
       Write<kWide>(values[c], y + chunk * kWide);
     }
@@ -152,16 +155,19 @@ void LaunchNorm(const LaunchContext& context, const NormRowsArgs& args) {
   const bool aligned = IsAligned(args.x, args.x_stride, args.dtype) &&
                        IsAligned(args.y, args.y_stride, args.dtype) && args.cols % kWide == 0 &&
                        args.perm == nullptr;
-  const int64_t wide = CeilDiv(args.cols, kWide * kNormChunks);
-  const bool fits = aligned && wide <= kMaxThreads && args.kind != NormKind::kNone;
+  const int64_t chunks = CeilDiv(args.cols, kWide);
+  // Few rows: more threads a row, to be done sooner. Many: more bytes in flight a thread.
+  const int per_thread = chunks <= kMaxThreads && args.rows <= 2 * context.num_sms ? 1 : 2;
   const bool copies = aligned && args.kind == NormKind::kNone;
-  const int64_t wanted = fits || copies ? wide : CeilDiv(args.cols, 4);
+  const bool fits = aligned && !copies && chunks <= per_thread * kMaxThreads;
+  const int64_t wanted = CeilDiv(args.cols, fits || copies ? kWide * per_thread : 4);
   const auto threads =
       static_cast<int>(std::clamp<int64_t>(CeilDiv(wanted, 32) * 32, 32, kMaxThreads));
   // As many blocks as run at once: a block keeps its weights from row to row.
   const int64_t at_once = static_cast<int64_t>(context.num_sms) * (kMaxThreads / threads);
   const int64_t blocks = fits ? std::min(args.rows, at_once) : args.rows;
-  auto* kernel = fits ? NormWideKernel<T> : copies ? GatherKernel<T> : NormAnyKernel<T>;
+  auto* kernel = copies ? GatherKernel<T> : NormAnyKernel<T>;
+  if (fits) kernel = per_thread == 1 ? NormWideKernel<T, 1> : NormWideKernel<T, 2>;
   Launch(context, kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, args);
 }
 

@@ -13,11 +13,11 @@ namespace {
 
 // The log of the sum, which the caller subtracts; writes the top ones.
 __device__ float WriteTop(const Row& row, uint64_t best, DeviceSampledToken& out) {
-  const Weighting weighting = {LogitOf(best), 1.0f};
+  const Weighting weighting(LogitOf(best), 1.0f);
   uint64_t units = 0;
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) units += weighting.Units(row.values[i]);
+  ForValues(row.values, row.vocab, [&](int, float value) { units += weighting.Units(value); });
   const double sum = static_cast<double>(BlockSum(units, row.shared)) / kUnit;
-  const float log_sum = weighting.highest + static_cast<float>(log(sum));
+  const float log_sum = weighting.highest() + static_cast<float>(log(sum));
   const int wanted = min(row.row.num_logprobs, kMaxTopLogprobs);
   if (wanted == 0) return log_sum;
   const uint64_t last = Crossing</*kCount=*/true>(row, weighting, 0).Find(wanted);
@@ -25,10 +25,10 @@ __device__ float WriteTop(const Row& row, uint64_t best, DeviceSampledToken& out
   __syncthreads();
   if (threadIdx.x == 0) shared.count = 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-    const uint64_t key = KeyOf(row.values[i], i);
+  ForValues(row.values, row.vocab, [&](int id, float value) {
+    const uint64_t key = KeyOf(value, id);
     if (key >= last) shared.list[atomicAdd(&shared.count, 1)] = key;
-  }
+  });
   __syncthreads();
   const uint32_t count = shared.count;
   if (threadIdx.x < count) {
@@ -109,9 +109,9 @@ __device__ uint64_t LastKept(const Row& row, const Weighting& weighting) {
   }
   if (r.top_p >= 1.0f) return last;
   uint64_t units = 0;
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-    if (KeyOf(row.values[i], i) >= last) units += weighting.Units(row.values[i]);
-  }
+  ForValues(row.values, row.vocab, [&](int id, float value) {
+    if (KeyOf(value, id) >= last) units += weighting.Units(value);
+  });
   const auto total = static_cast<double>(BlockSum(units, row.shared));
   const auto wanted = static_cast<uint64_t>(ceil(static_cast<double>(r.top_p) * total));
   const uint64_t crossing =
@@ -120,7 +120,7 @@ __device__ uint64_t LastKept(const Row& row, const Weighting& weighting) {
 }
 
 __device__ uint32_t Draw(const Row& row, float highest) {
-  const Weighting weighting = {highest, row.row.temperature};
+  const Weighting weighting(highest, row.row.temperature);
   const uint64_t last = LastKept(row, weighting);
   const float min_p = row.row.min_p;
   const auto units = [&](int i) -> uint64_t {
@@ -129,12 +129,11 @@ __device__ uint32_t Draw(const Row& row, float highest) {
     const float weight = weighting(value);
     return weight >= min_p ? __float2ull_rn(weight * kUnit) : 0;
   };
-  uint64_t sum = 0;
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) sum += units(i);
-  const uint64_t total = BlockSum(sum, row.shared);
-  auto target = static_cast<uint64_t>(UniformDraw(row.row) * static_cast<double>(total));
-  if (target >= total) target = total - 1;
-  return Locate(row.vocab, target, units, row.shared);
+  const auto target = [&](uint64_t total) {
+    const auto drawn = static_cast<uint64_t>(UniformDraw(row.row) * static_cast<double>(total));
+    return drawn < total ? drawn : total - 1;
+  };
+  return Locate(row.vocab, units, target, row.shared);
 }
 
 // --- The kernel --------------------------------------------------------------------------------
@@ -142,12 +141,11 @@ __device__ uint32_t Draw(const Row& row, float highest) {
 // Copies a row of logits to row.values and gives the highest key, or kBrokenKey.
 __device__ uint64_t LoadRow(const Row& row, const float* logits) {
   uint64_t best = 0;
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-    const float value = logits[i];
-    row.values[i] = value;
-    const uint64_t key = IsFinite(value) ? KeyOf(value, i) : kBrokenKey;
+  ForValues(logits, row.vocab, [&](int id, float value) {
+    row.values[id] = value;
+    const uint64_t key = IsFinite(value) ? KeyOf(value, id) : kBrokenKey;
     best = key > best ? key : best;
-  }
+  });
   return BlockMax(best, row.shared);
 }
 
@@ -163,10 +161,10 @@ __device__ uint64_t Reshape(const Row& row, uint64_t best, uint32_t* counts) {
   }
   __syncthreads();
   best = 0;
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-    const uint64_t key = KeyOf(row.values[i], i);
+  ForValues(row.values, row.vocab, [&](int id, float value) {
+    const uint64_t key = KeyOf(value, id);
     best = key > best ? key : best;
-  }
+  });
   return BlockMax(best, row.shared);
 }
 

@@ -37,6 +37,22 @@ struct Row {
   Shared& shared;
 };
 
+// function(id, value) for values [0, vocab) that fall to this thread; several loads in flight.
+template <typename Function>
+__device__ __forceinline__ void ForValues(const float* values, int vocab,
+                                          const Function& function) {
+  constexpr int kBatch = 8;
+  int begin = threadIdx.x;
+  for (; begin + (kBatch - 1) * kThreads < vocab; begin += kBatch * kThreads) {
+    float batch[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) batch[j] = values[begin + j * kThreads];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) function(begin + j * kThreads, batch[j]);
+  }
+  for (; begin < vocab; begin += kThreads) function(begin, values[begin]);
+}
+
 // --- The block at large ----------------------------------------------------------------------
 
 __device__ __forceinline__ uint64_t WarpSum(uint64_t value) {
@@ -71,46 +87,78 @@ __device__ __forceinline__ uint64_t WarpScan(uint64_t value) {
   return value;
 }
 
-// The lowest id at which the sum of measure(id) over ids exceeds target, which is below the sum
-// over all.
+// Sum of measure(id) over [begin, end) for one warp; several at once.
 template <typename Measure>
-__device__ __forceinline__ uint32_t Locate(int vocab, uint64_t target, const Measure& measure,
+__device__ __forceinline__ uint64_t WarpMeasure(int begin, int end, const Measure& measure) {
+  uint64_t sum = 0;
+#pragma unroll 4
+  for (int i = begin + static_cast<int>(threadIdx.x % 32); i < end; i += 32) sum += measure(i);
+  return WarpSum(sum);
+}
+
+// The lowest id at which the sum of measure(id) over ids exceeds target(the sum over all), which is
+// below the sum over all.
+template <typename Measure, typename Target>
+__device__ __forceinline__ uint32_t Locate(int vocab, const Measure& measure, const Target& target,
                                            Shared& shared) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  uint64_t left = 0;  // Of the target, from `begin` on
   int begin = 0;
   int end = vocab;
-  while (end - begin > 32) {  // A piece a warp; go on with the one that crosses
+  for (bool first = true; first || end - begin > 32; first = false) {
+    // A piece a warp; go on with the one that crosses.
     const int piece = (end - begin + kWarps - 1) / kWarps;
-    uint64_t sum = 0;
-    const int last = min(end, begin + (warp + 1) * piece);
-    for (int i = begin + warp * piece + lane; i < last; i += 32) sum += measure(i);
-    sum = WarpSum(sum);
+    const uint64_t sum =
+        WarpMeasure(begin + warp * piece, min(end, begin + (warp + 1) * piece), measure);
     __syncthreads();
     if (lane == 0) shared.partial[warp] = sum;
     __syncthreads();
     const uint64_t scan = WarpScan(shared.partial[lane]);
-    const int crossing = __ffs(static_cast<int>(__ballot_sync(~0u, scan > target))) - 1;
+    if (first) left = target(__shfl_sync(~0u, scan, 31));
+    const int crossing = __ffs(static_cast<int>(__ballot_sync(~0u, scan > left))) - 1;
     if (crossing < 0) return end - 1;  // Never: target is below the sum
-    if (crossing > 0) target -= __shfl_sync(~0u, scan, crossing - 1);
+    if (crossing > 0) left -= __shfl_sync(~0u, scan, crossing - 1);
     begin += crossing * piece;
     end = min(end, begin + piece);
   }
   const uint64_t scan = WarpScan(begin + lane < end ? measure(begin + lane) : 0);
-  const int crossing = __ffs(static_cast<int>(__ballot_sync(~0u, scan > target))) - 1;
+  const int crossing = __ffs(static_cast<int>(__ballot_sync(~0u, scan > left))) - 1;
   return begin + (crossing < 0 ? end - begin - 1 : crossing);
 }
 
 // --- Weights ---------------------------------------------------------------------------------
 
 // exp((value - highest) / temperature), at most 1, and the same in units.
-struct Weighting {
-  float highest;
-  float temperature;
-  __device__ float operator()(float value) const {
-    return expf(__fdiv_rn(value - highest, temperature));
+class Weighting {
+ public:
+  __device__ __forceinline__ Weighting(float highest, float temperature) {
+    highest_ = highest;
+    temperature_ = temperature;
+    reciprocal_ = __fdiv_rn(1.0f, temperature);
+    is_moderate_ = temperature > 0x1p-20f && temperature < 0x1p20f;
   }
-  __device__ uint64_t Units(float value) const { return __float2ull_rn((*this)(value)*kUnit); }
+
+  __device__ __forceinline__ float highest() const { return highest_; }
+  __device__ __forceinline__ float temperature() const { return temperature_; }
+
+  __device__ __forceinline__ float operator()(float value) const {
+    float distance = value - highest_;
+    if (!is_moderate_) return expf(__fdiv_rn(distance, temperature_));
+    // The quotient rounded to nearest, without what __fdiv_rn does for extremes: a guess, and a
+    // step of Newton's on its exact remainder. Beyond -3e8 the weight is 0 whatever the quotient.
+    distance = fmaxf(distance, -3e8f);
+    const float guess = __fmul_rn(distance, reciprocal_);
+    const float remainder = __fmaf_rn(-guess, temperature_, distance);
+    return expf(__fmaf_rn(remainder, reciprocal_, guess));
+  }
+  __device__ __forceinline__ uint64_t Units(float value) const {
+    return __float2ull_rn((*this)(value)*kUnit);
+  }
+
+ private:
+  float highest_, temperature_, reciprocal_;
+  bool is_moderate_;
 };
 
 // --- The candidate at which a sum crosses ------------------------------------------------------
@@ -184,8 +232,8 @@ class Crossing {
  public:
   __device__ Crossing(const Row& row, const Weighting& weighting, uint64_t last)
       : row_(row), shared_(row.shared), weighting_(weighting), last_(last) {
-    bins_.highest = weighting.highest;
-    bins_.scale = kCount ? kBinsPerUnit : fminf(kBinsPerUnit / weighting.temperature, 1e30f);
+    bins_.highest = weighting.highest();
+    bins_.scale = kCount ? kBinsPerUnit : fminf(kBinsPerUnit / weighting.temperature(), 1e30f);
   }
 
   // The key of the candidate at which the sum reaches wanted (> 0), or 0 when it never does.
@@ -206,15 +254,12 @@ class Crossing {
  private:
   template <typename Function>
   __device__ void ForCandidates(const Function& function) {
-    for (int i = threadIdx.x; i < row_.vocab; i += kThreads) {
-      const float value = row_.values[i];
-      const uint64_t key = KeyOf(value, i);
-      if (key < last_) continue;
+    ForValues(row_.values, row_.vocab, [&](int id, float value) {
+      const uint64_t key = KeyOf(value, id);
+      if (key < last_) return;
       const uint32_t bin = bins_.Of(value);
-      if (bin >= kBins) continue;
-      const uint64_t measure = MeasureOf<kCount>(weighting_, value);
-      if (measure != 0) function(key, bin, measure);
-    }
+      if (bin < kBins) function(key, bin, value);
+    });
   }
 
   __device__ void FillBins() {
@@ -226,15 +271,19 @@ class Crossing {
       shared_.found = 0;
     }
     __syncthreads();
-    ForCandidates(
-        [&](uint64_t, uint32_t bin, uint64_t measure) { AddToBin(shared_, bin, measure); });
+    ForCandidates([&](uint64_t, uint32_t bin, float value) {
+      const uint64_t measure = MeasureOf<kCount>(weighting_, value);
+      if (measure != 0) AddToBin(shared_, bin, measure);
+    });
     __syncthreads();
   }
 
   // The first kListed of a bin, in any order; the count and the extremes of all of it.
   __device__ void ListBin(uint32_t wanted_bin) {
-    ForCandidates([&](uint64_t key, uint32_t bin, uint64_t measure) {
+    ForCandidates([&](uint64_t key, uint32_t bin, float value) {
       if (bin != wanted_bin) return;
+      const uint64_t measure = MeasureOf<kCount>(weighting_, value);
+      if (measure == 0) return;
       const uint32_t slot = atomicAdd(&shared_.count, 1);
       if (slot < kListed) {
         shared_.list[slot] = key;
@@ -269,7 +318,9 @@ class Crossing {
       return static_cast<uint64_t>(static_cast<uint32_t>(key >> 32) == order && key >= last_);
     };
     const uint64_t each = MeasureOf<kCount>(weighting_, value);
-    return KeyOf(value, Locate(row_.vocab, (wanted - 1) / each, is_one, shared_));
+    const uint32_t id = Locate(
+        row_.vocab, is_one, [&](uint64_t) { return (wanted - 1) / each; }, shared_);
+    return KeyOf(value, id);
   }
 
   const Row& row_;
