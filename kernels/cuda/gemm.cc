@@ -202,10 +202,10 @@ void Gemm::Run(const LaunchContext& context, const GemmArgs& args) {
   Problem problem(args, args.m);
   const float alpha = 1.0f;
   const float beta = args.accumulate ? 1.0f : 0.0f;
-  const cublasStatus_t status =
-      cublasLtMatmul(handle_, &problem.operation, &alpha, args.w, &problem.w, args.x, &problem.x,
-                     &beta, args.y, &problem.y, args.y, &problem.y, &found->second,
-                     workspace_.data(), static_cast<size_t>(workspace_.bytes()), context.stream);
+  const cublasStatus_t status = CublasLibrary::Get()->matmul(
+      handle_, &problem.operation, &alpha, args.w, &problem.w, args.x, &problem.x, &beta, args.y,
+      &problem.y, args.y, &problem.y, &found->second, workspace_.data(),
+      static_cast<size_t>(workspace_.bytes()), context.stream);
   SLUICE_CHECK(status == CUBLAS_STATUS_SUCCESS)
       << ShapeText(args, args.m) << ": " << CublasLibrary::Get()->status_string(status);
 }
