@@ -1,12 +1,12 @@
 #include "kernels/cuda/gemm.h"
 
-#include <algorithm>
 #include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/core/check.h"
 #include "kernels/core/status_macros.h"
+#include "kernels/cuda/cublas_library.h"
 #include "kernels/cuda/launch.h"
 
 namespace sluice {
@@ -14,14 +14,15 @@ namespace {
 
 absl::Status LtStatus(cublasStatus_t status, const std::string& what) {
   if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
-  const std::string text = absl::StrCat(what, ": ", cublasLtGetStatusString(status));
+  const std::string text = absl::StrCat(what, ": ", CublasLibrary::Get()->status_string(status));
   return status == CUBLAS_STATUS_ALLOC_FAILED ? absl::ResourceExhaustedError(text)
                                               : absl::InternalError(text);
 }
 
 // For calls that only a bug of ours makes fail.
 void CheckLt(cublasStatus_t status, const char* what) {
-  SLUICE_CHECK(status == CUBLAS_STATUS_SUCCESS) << what << ": " << cublasLtGetStatusString(status);
+  SLUICE_CHECK(status == CUBLAS_STATUS_SUCCESS)
+      << what << ": " << CublasLibrary::Get()->status_string(status);
 }
 
 cudaDataType TypeOf(DType dtype) {
@@ -67,11 +68,13 @@ uint32_t TraitBits(const GemmArgs& args) {
 // A product of `m` rows as cuBLASLt sees it: its matrices are column-major, so it computes
 // y^T [n, m] = (w^T [k, n])^T * x^T [k, m] on the memory as it lies. Plain data, nothing allocated.
 struct Problem {
+  const CublasLibrary& lt = *CublasLibrary::Get();
   cublasLtMatmulDescOpaque_t operation;
   cublasLtMatrixLayoutOpaque_t w, x, y;
 
   Problem(const GemmArgs& args, int64_t m) {
-    CheckLt(cublasLtMatmulDescInit(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "operation");
+    CheckLt(lt.desc_init(&operation, sizeof(operation), CUBLAS_COMPUTE_32F, CUDA_R_32F),
+            "operation");
     Set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
     Set(CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
     cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
@@ -83,14 +86,14 @@ struct Problem {
     }
     Set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
     const cudaDataType type = TypeOf(args.dtype);
-    CheckLt(cublasLtMatrixLayoutInit(&w, type, args.k, args.n, args.w_stride), "w");
-    CheckLt(cublasLtMatrixLayoutInit(&x, type, args.k, m, args.x_stride), "x");
-    CheckLt(cublasLtMatrixLayoutInit(&y, TypeOf(args.y_dtype), args.n, m, args.y_stride), "y");
+    CheckLt(lt.layout_init(&w, sizeof(w), type, args.k, args.n, args.w_stride), "w");
+    CheckLt(lt.layout_init(&x, sizeof(x), type, args.k, m, args.x_stride), "x");
+    CheckLt(lt.layout_init(&y, sizeof(y), TypeOf(args.y_dtype), args.n, m, args.y_stride), "y");
   }
 
   template <typename T>
   void Set(cublasLtMatmulDescAttributes_t attribute, const T& value) {
-    CheckLt(cublasLtMatmulDescSetAttribute(&operation, attribute, &value, sizeof(value)),
+    CheckLt(lt.desc_set(&operation, attribute, &value, sizeof(value)),
             "attribute of the operation");
   }
 };
@@ -98,10 +101,11 @@ struct Problem {
 // What a kernel may use: our workspace, sums in float32 that are added in a fixed order, and the
 // alignment that is there.
 struct Preference {
+  const CublasLibrary& lt = *CublasLibrary::Get();
   cublasLtMatmulPreferenceOpaque_t opaque;
 
   Preference(const GemmArgs& args, uint64_t workspace_bytes) {
-    CheckLt(cublasLtMatmulPreferenceInit(&opaque), "preference");
+    CheckLt(lt.preference_init(&opaque, sizeof(opaque)), "preference");
     Set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace_bytes);
     Set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
         static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
@@ -114,7 +118,7 @@ struct Preference {
 
   template <typename T>
   void Set(cublasLtMatmulPreferenceAttributes_t attribute, const T& value) {
-    CheckLt(cublasLtMatmulPreferenceSetAttribute(&opaque, attribute, &value, sizeof(value)),
+    CheckLt(lt.preference_set(&opaque, attribute, &value, sizeof(value)),
             "attribute of the preference");
   }
 };
@@ -146,12 +150,13 @@ int64_t GemmRowBucket(int64_t m) {
 Gemm::Gemm(cublasLtHandle_t handle, DeviceMemory workspace)
     : handle_(handle), workspace_(std::move(workspace)) {}
 
-Gemm::~Gemm() { static_cast<void>(cublasLtDestroy(handle_)); }
+Gemm::~Gemm() { static_cast<void>(CublasLibrary::Get()->destroy(handle_)); }
 
 absl::StatusOr<std::unique_ptr<Gemm>> Gemm::Create(int64_t workspace_bytes) {
+  SLUICE_RETURN_IF_ERROR(CublasLibrary::Load());
   SLUICE_ASSIGN_OR_RETURN(DeviceMemory workspace, DeviceMemory::Allocate(workspace_bytes));
   cublasLtHandle_t handle = nullptr;
-  SLUICE_RETURN_IF_ERROR(LtStatus(cublasLtCreate(&handle), "start of cuBLASLt"));
+  SLUICE_RETURN_IF_ERROR(LtStatus(CublasLibrary::Get()->create(&handle), "start of cuBLASLt"));
   return std::unique_ptr<Gemm>(new Gemm(handle, std::move(workspace)));
 }
 
@@ -162,7 +167,7 @@ absl::Status Gemm::Choose(const GemmArgs& args, int64_t bucket) {
   Preference preference(args, static_cast<uint64_t>(workspace_.bytes()));
   cublasLtMatmulHeuristicResult_t result{};
   int count = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+  const cublasStatus_t status = CublasLibrary::Get()->heuristic(
       handle_, &problem.operation, &problem.w, &problem.x, &problem.y, &problem.y,
       &preference.opaque, /*requestedAlgoCount=*/1, &result, &count);
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) {
@@ -197,12 +202,12 @@ void Gemm::Run(const LaunchContext& context, const GemmArgs& args) {
   Problem problem(args, args.m);
   const float alpha = 1.0f;
   const float beta = args.accumulate ? 1.0f : 0.0f;
-  const cublasStatus_t status =
-      cublasLtMatmul(handle_, &problem.operation, &alpha, args.w, &problem.w, args.x, &problem.x,
-                     &beta, args.y, &problem.y, args.y, &problem.y, &found->second,
-                     workspace_.data(), static_cast<size_t>(workspace_.bytes()), context.stream);
+  const cublasStatus_t status = CublasLibrary::Get()->matmul(
+      handle_, &problem.operation, &alpha, args.w, &problem.w, args.x, &problem.x, &beta, args.y,
+      &problem.y, args.y, &problem.y, &found->second, workspace_.data(),
+      static_cast<size_t>(workspace_.bytes()), context.stream);
   SLUICE_CHECK(status == CUBLAS_STATUS_SUCCESS)
-      << ShapeText(args, args.m) << ": " << cublasLtGetStatusString(status);
+      << ShapeText(args, args.m) << ": " << CublasLibrary::Get()->status_string(status);
 }
 
 }  // namespace sluice

@@ -7,7 +7,6 @@
 namespace sluice {
 namespace {
 
-constexpr int kNormChunks = 2;  // 16-byte loads that a thread keeps in registers
 constexpr int kMaxThreads = 1024;
 
 // Sum over the block, the same in all threads, in a fixed order. `lanes` is shared, of 32 floats;
@@ -44,9 +43,10 @@ __device__ void WriteNormalized(const NormRowsArgs& args, const T* x, float mean
   }
 }
 
+// What row m of y is made of.
 template <typename T>
-__device__ const T* NormInput(const NormRowsArgs& args) {
-  const int64_t row = args.row_index == nullptr ? blockIdx.x : args.row_index[blockIdx.x];
+__device__ const T* NormInput(const NormRowsArgs& args, int64_t m) {
+  const int64_t row = args.row_index == nullptr ? m : args.row_index[m];
   return static_cast<const T*>(args.x) + row * args.x_stride;
 }
 
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kMaxThreads) NormAnyKernel(const NormRowsArgs 
   __shared__ float lanes[2][32];
   LetNextStart();
   WaitForPrevious();
-  const T* x = NormInput<T>(args);
+  const T* x = NormInput<T>(args, blockIdx.x);
   float mean = 0.0f;
   float inverse = 0.0f;
   if (args.kind == NormKind::kLayer) {
@@ -76,75 +76,99 @@ __global__ void __launch_bounds__(kMaxThreads) NormAnyKernel(const NormRowsArgs 
   WriteNormalized(args, x, mean, inverse, static_cast<T*>(args.y) + blockIdx.x * args.y_stride);
 }
 
-__device__ void Prefetch(const float* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+// kWide floats, which may begin at any of them.
+__device__ void LoadAny(const float* from, float* to) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    Load<kWide>(from, to);
+  } else {
+    for (int i = 0; i < kWide; ++i) to[i] = from[i];
+  }
 }
 
-// A block a row, which lies in registers: cols is a multiple of kWide, at most kNormChunks * kWide
-// * blockDim.x, and all rows begin at multiples of 16 bytes.
-template <typename T>
+// A block takes every gridDim.x-th row, which lies in registers: kChunks times kWide columns a
+// thread. So do the weights, which are read while earlier kernels still run, and with one chunk the
+// bias. cols is a multiple of kWide, and all rows begin at multiples of 16 bytes.
+template <typename T, int kChunks>
 __global__ void __launch_bounds__(kMaxThreads) NormWideKernel(const NormRowsArgs args) {
   __shared__ float lanes[2][32];
   LetNextStart();
   const auto chunks = static_cast<int>(args.cols / kWide);
-  for (int chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
-    if (args.weight != nullptr) Prefetch(args.weight + chunk * kWide);
-    if (args.bias != nullptr) Prefetch(args.bias + chunk * kWide);
+  const auto cols = static_cast<float>(args.cols);
+  float weight[kChunks][kWide];
+  float bias[kWide] = {};
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int chunk = c * blockDim.x + threadIdx.x;
+    for (int i = 0; i < kWide; ++i) weight[c][i] = 1.0f;
+    if (args.weight != nullptr && chunk < chunks) LoadAny(args.weight + chunk * kWide, weight[c]);
+    if (kChunks == 1 && args.bias != nullptr && chunk < chunks) {
+      LoadAny(args.bias + chunk * kWide, bias);
+    }
   }
   WaitForPrevious();
-  const T* x = NormInput<T>(args);
-  float values[kNormChunks][kWide];
-  float sum = 0.0f;
+  for (int64_t m = blockIdx.x; m < args.rows; m += gridDim.x) {
+    const T* x = NormInput<T>(args, m);
+    float values[kChunks][kWide];
+    float sum = 0.0f;
 #pragma unroll
-  for (int c = 0; c < kNormChunks; ++c) {
-    const int chunk = c * blockDim.x + threadIdx.x;
-    if (chunk < chunks) Load<kWide>(x + chunk * kWide, values[c]);
-    for (int i = 0; i < kWide; ++i) {
-      if (chunk >= chunks) values[c][i] = 0.0f;
-      sum += values[c][i];
+    for (int c = 0; c < kChunks; ++c) {
+      const int chunk = c * blockDim.x + threadIdx.x;
+      for (int i = 0; i < kWide; ++i) values[c][i] = 0.0f;
+      if (chunk < chunks) Load<kWide>(x + chunk * kWide, values[c]);
+      for (int i = 0; i < kWide; ++i) sum += values[c][i];
     }
-  }
-  const auto cols = static_cast<float>(args.cols);
-  const float mean = args.kind == NormKind::kLayer ? BlockSum(sum, lanes[0]) / cols : 0.0f;
-  float squares = 0.0f;
+    const float mean = args.kind == NormKind::kLayer ? BlockSum(sum, lanes[0]) / cols : 0.0f;
+    float squares = 0.0f;
 #pragma unroll
-  for (int c = 0; c < kNormChunks; ++c) {
-    if (static_cast<int>(c * blockDim.x + threadIdx.x) >= chunks) continue;
-    for (int i = 0; i < kWide; ++i) {
-      squares += (values[c][i] - mean) * (values[c][i] - mean);
+    for (int c = 0; c < kChunks; ++c) {
+      if (static_cast<int>(c * blockDim.x + threadIdx.x) >= chunks) continue;
+      for (int i = 0; i < kWide; ++i) squares += (values[c][i] - mean) * (values[c][i] - mean);
     }
-  }
-  float inverse = 0.0f;
-  if (args.kind != NormKind::kNone) {
-    inverse = 1.0f / sqrtf(BlockSum(squares, lanes[1]) / cols + args.eps);
-  }
-  T* y = static_cast<T*>(args.y) + blockIdx.x * args.y_stride;
-  if (args.perm != nullptr) {
-    WriteNormalized(args, x, mean, inverse, y);
-    return;
-  }
+    const float inverse = 1.0f / sqrtf(BlockSum(squares, lanes[1]) / cols + args.eps);
+    T* y = static_cast<T*>(args.y) + m * args.y_stride;
 #pragma unroll
-  for (int c = 0; c < kNormChunks; ++c) {
-    const int chunk = c * blockDim.x + threadIdx.x;
-    if (chunk >= chunks) continue;
-    for (int i = 0; i < kWide; ++i) {
-      values[c][i] = Normalized(args, values[c][i], mean, inverse, chunk * kWide + i);
+    for (int c = 0; c < kChunks; ++c) {
+      const int chunk = c * blockDim.x + threadIdx.x;
+      if (chunk >= chunks) continue;
+      if (kChunks > 1 && args.bias != nullptr) LoadAny(args.bias + chunk * kWide, bias);
+      for (int i = 0; i < kWide; ++i) {
+        values[c][i] = (values[c][i] - mean) * inverse * weight[c][i] + bias[i];
+      }
+      Write<kWide>(values[c], y + chunk * kWide);
     }
-    Write<kWide>(values[c], y + chunk * kWide);
+    __syncthreads();  // lanes are used again
   }
+}
+
+// A copy of rows, possibly other rows, that lie on 16 bytes.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) GatherKernel(const NormRowsArgs args) {
+  LetNextStart();
+  WaitForPrevious();
+  const auto* from = reinterpret_cast<const uint4*>(NormInput<T>(args, blockIdx.x));
+  auto* to = reinterpret_cast<uint4*>(static_cast<T*>(args.y) + blockIdx.x * args.y_stride);
+  for (int64_t i = threadIdx.x; i < args.cols / kWide; i += blockDim.x) to[i] = from[i];
 }
 
 template <typename T>
 void LaunchNorm(const LaunchContext& context, const NormRowsArgs& args) {
   const bool aligned = IsAligned(args.x, args.x_stride, args.dtype) &&
-                       IsAligned(args.y, args.y_stride, args.dtype) && args.cols % kWide == 0;
-  const int64_t wide = CeilDiv(args.cols, kWide * kNormChunks);
-  const bool fits = aligned && wide <= kMaxThreads;
-  const int64_t wanted = fits ? wide : CeilDiv(args.cols, 4);
+                       IsAligned(args.y, args.y_stride, args.dtype) && args.cols % kWide == 0 &&
+                       args.perm == nullptr;
+  const int64_t chunks = CeilDiv(args.cols, kWide);
+  // Few rows: more threads a row, to be done sooner. Many: more bytes in flight a thread.
+  const int per_thread = chunks <= kMaxThreads && args.rows <= 2 * context.num_sms ? 1 : 2;
+  const bool copies = aligned && args.kind == NormKind::kNone;
+  const bool fits = aligned && !copies && chunks <= per_thread * kMaxThreads;
+  const int64_t wanted = CeilDiv(args.cols, fits || copies ? kWide * per_thread : 4);
   const auto threads =
-      static_cast<unsigned>(std::clamp<int64_t>(CeilDiv(wanted, 32) * 32, 32, kMaxThreads));
-  Launch(context, fits ? NormWideKernel<T> : NormAnyKernel<T>,
-         dim3(static_cast<unsigned>(args.rows)), dim3(threads), 0, args);
+      static_cast<int>(std::clamp<int64_t>(CeilDiv(wanted, 32) * 32, 32, kMaxThreads));
+  // As many blocks as run at once: a block keeps its weights from row to row.
+  const int64_t at_once = static_cast<int64_t>(context.num_sms) * (kMaxThreads / threads);
+  const int64_t blocks = fits ? std::min(args.rows, at_once) : args.rows;
+  auto* kernel = copies ? GatherKernel<T> : NormAnyKernel<T>;
+  if (fits) kernel = per_thread == 1 ? NormWideKernel<T, 1> : NormWideKernel<T, 2>;
+  Launch(context, kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, args);
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ inline float ToFloat(DType dtype, uint16_t bits) {
   return dtype == DType::kF16 ? HalfToFloat(bits) : BFloat16ToFloat(bits);
 }
 // Half a unit in the last place, relative.
-inline double RoundingOf(DType dtype) { return dtype == DType::kF16 ? 0x1p-11 : 0x1p-9; }
+inline double RoundingOf(DType dtype) { return dtype == DType::kF16 ? 0x1p-11 : 0x1p-8; }
 inline constexpr uint16_t kPoison = 0xffff;
 
 // Normally distributed elements of dtype.
