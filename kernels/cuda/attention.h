@@ -41,11 +41,24 @@ bool AttentionSupports(const AttentionShape& shape);
 // scratch serves all layers of a stream.
 int64_t DecodeScratchBytes(const AttentionShape& shape, int num_sms);
 
+// Where DecodeAttention finds the new key and value of a row.
+enum class NewKeys : uint8_t {
+  kReady,         // RopeAndWriteKv has been run for the row
+  kWrite,         // In qkv only: it writes them to the cache itself
+  kTurnAndWrite,  // The same, and it turns q and k by step.cos and step.sin (qkv stays as it is)
+};
+
 // out of rows decode_rows[0 .. num_decode_rows): softmax(scale * q * K^T) * V over keys 0 ..
-// position; 0 for padding. The grid depends on num_decode_rows, shape and num_sms alone.
+// position; 0 for padding. The grid depends on num_decode_rows, shape and num_sms alone. All three
+// NewKeys give the same bits.
+//
+// It reads the arrays of `step` and the keys of earlier positions before it waits for the kernel in
+// front of it. So whatever writes those must be complete when the step's second kernel starts: the
+// first kernel of a step is launched without programmatic dependence on what came before.
 void DecodeAttention(const LaunchContext& context, const DeviceStep& step,
                      const AttentionShape& shape, const void* qkv, int64_t qkv_stride,
-                     const KvLayer& kv, void* out, int64_t out_stride, void* scratch);
+                     const KvLayer& kv, void* out, int64_t out_stride, void* scratch,
+                     NewKeys new_keys = NewKeys::kReady);
 
 // The same for the rows of step.prefill_tiles, each over keys 0 .. its own position.
 void PrefillAttention(const LaunchContext& context, const DeviceStep& step,

@@ -6,6 +6,9 @@
 //   O^T [head_dim, 8 heads] += V^T P^T:  V^T as the 16-row operand, so no row is wasted; the
 //   accumulator of S is, packed, already the fragment that P^T has to be
 //
+// The tiles come from the cache but for the newest key, which is taken from qkv; so the cache is
+// read before the kernel that makes qkv has ended.
+//
 // The parts of a row merge through scratch: the last block of a row to finish (a counter tells)
 // adds them up in order of the keys.
 #include <algorithm>
@@ -25,15 +28,16 @@ constexpr float kLowest = -1e30f;
 struct DecodeParams {
   DeviceStep step;
   const void* qkv;
-  const void* k;
-  const void* v;
+  void* k;
+  void* v;
   void* out;
   int64_t qkv_stride, out_stride;
-  float* partials;  // [row, unit, split] of [kHeads, head_dim], then [kHeads] max and [kHeads] sum
+  float* partials;    // [row, unit, split] of [kHeads, head_dim], then [kHeads] max, sum
   int32_t* counters;  // [row, unit]
   int num_kv_heads, block_size, group;
   int chunks;   // Units of one KV head: ceil(group / kHeads)
   float scale;  // Times log2(e)
+  NewKeys new_keys;
 };
 
 template <int kHeadDim>
@@ -52,7 +56,7 @@ struct TileReader {
   const int32_t* table;
   int first;  // Tile; the warp's i-th is first + i * kWarps
   int end;
-  int length;  // Keys
+  int length;  // Keys in the cache
   int kv_head, num_kv_heads, block_size;
   uint32_t rows = 0;  // Lane j: cache row at which tile 32 * n + j begins
 
@@ -74,7 +78,7 @@ struct TileReader {
       const bool exists = key + row < length;
       uint32_t from = tile_row + row;
       if (!whole) {
-        from = KvRow(table, min(key + row, length - 1), kv_head, num_kv_heads, block_size);
+        from = KvRow(table, min(key + row, max(length - 1, 0)), kv_head, num_kv_heads, block_size);
       }
       const size_t offset = static_cast<size_t>(from) * kHeadDim + column * 8;
       const uint32_t to = shared + row * Tile<kHeadDim>::kStride + column * 16;
@@ -153,23 +157,35 @@ struct WarpState {
   }
 };
 
-// Lane l: elements 16 j + 2 (l % 4) + {0, 1} and those + 8 of head l / 4, zero for heads that the
-// block has not.
+// Element d of a head whose elements are at `head`, turned if it belongs to the first 2 * half_dim;
+// cos and sin are the row's.
+template <typename T>
+__device__ __forceinline__ T TurnedElement(const T* head, int d, const float* cos, const float* sin,
+                                           int half_dim) {
+  if (d >= 2 * half_dim) return head[d];
+  const int i = d < half_dim ? d : d - half_dim;
+  const float2 turned = Turn(ToFloat(head[i]), ToFloat(head[i + half_dim]), cos[i], sin[i]);
+  return FromFloat<T>(d < half_dim ? turned.x : turned.y);
+}
+
+// Lane l: elements 16 j + 2 (l % 4) + {0, 1} and those + 8 of head l / 4.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void LoadQuery(const T* q, int heads,
+__device__ __forceinline__ void LoadQuery(const T (*q)[kHeadDim + 8],
                                           uint32_t (&out)[kHeadDim / 16][2]) {
-  const int head = threadIdx.x % 32 / 4;
-  const auto* pairs = reinterpret_cast<const uint32_t*>(q + head * kHeadDim) + threadIdx.x % 4;
+  const auto* pairs = reinterpret_cast<const uint32_t*>(q[threadIdx.x % 32 / 4]) + threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < kHeadDim / 16; ++j) {
-    out[j][0] = head < heads ? pairs[8 * j] : 0;
-    out[j][1] = head < heads ? pairs[8 * j + 4] : 0;
+    out[j][0] = pairs[8 * j];
+    out[j][1] = pairs[8 * j + 4];
   }
 }
 
-// What the warps of a block leave for each other at the end.
-template <int kWarps>
+// What the warps of a block share.
+template <typename T, int kHeadDim, int kWarps>
 struct BlockState {
+  T q[kHeads][kHeadDim + 8];  // Zero for heads that the block has not
+  T k[kHeadDim];              // The newest key and value
+  T v[kHeadDim];
   float max[kWarps][kHeads];
   float sum[kWarps][kHeads];
   float weights[kHeads][kMaxSplits];
@@ -179,38 +195,87 @@ struct BlockState {
 // Floats of one part: see DecodeParams::partials.
 __host__ __device__ constexpr int PartFloats(int head_dim) { return kHeads * (head_dim + 2); }
 
+template <typename T>
+__device__ __forceinline__ void StoreFour(T* out, float4 values) {
+  *reinterpret_cast<uint2*>(out) = {Pack<T>(values.x, values.y), Pack<T>(values.z, values.w)};
+}
+__device__ __forceinline__ void AddScaled(float4* sum, float weight, float4 values) {
+  sum->x += weight * values.x;
+  sum->y += weight * values.y;
+  sum->z += weight * values.z;
+  sum->w += weight * values.w;
+}
+
+// weights[head][s]: what part s of a row counts for.
+template <int kHeadDim>
+__device__ __forceinline__ void WeighParts(const float* parts, int splits, int head,
+                                           float* weights) {
+  constexpr int kPart = PartFloats(kHeadDim);
+  const float* first = parts + kHeads * kHeadDim + 2 * head;
+  float max[kMaxSplits / 32], sum[kMaxSplits / 32];
+  float highest = kLowest;
+#pragma unroll
+  for (int i = 0; i < kMaxSplits / 32; ++i) {
+    const int s = threadIdx.x % 32 + 32 * i;
+    float2 both = {kLowest, 0.0f};
+    if (s < splits) both = __ldcg(reinterpret_cast<const float2*>(first + s * kPart));
+    max[i] = both.x;
+    sum[i] = both.y;
+    highest = fmaxf(highest, both.x);
+  }
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) {
+    highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, i));
+  }
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMaxSplits / 32; ++i) {
+    max[i] = Exp2(max[i] - highest);
+    total += max[i] * sum[i];
+  }
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) total += __shfl_xor_sync(0xffffffffu, total, i);
+#pragma unroll
+  for (int i = 0; i < kMaxSplits / 32; ++i) {
+    weights[threadIdx.x % 32 + 32 * i] = max[i] / total;
+  }
+}
+
 // Adds up the parts of a row; `parts` is the first.
 template <typename T, int kHeadDim, int kThreads>
 __device__ __forceinline__ void MergeParts(const float* parts, int splits, int heads,
                                            float (*weights)[kMaxSplits], T* out) {
+  constexpr int kBatch = 8;  // Loads in flight
   constexpr int kPart = PartFloats(kHeadDim);
-  const int lane = threadIdx.x % 32;
+  const auto load = [&](int s, int e) {
+    return __ldcg(reinterpret_cast<const float4*>(parts + s * kPart + 4 * e));
+  };
+  const int count = heads * kHeadDim / 4;
+  float4 values[kBatch];
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    if (i < splits && threadIdx.x < count) values[i] = load(i, threadIdx.x);
+  }
   for (int head = threadIdx.x / 32; head < heads; head += kThreads / 32) {
-    const float* maxima = parts + kHeads * kHeadDim + head;
-    float highest = kLowest;
-    for (int s = lane; s < splits; s += 32) highest = fmaxf(highest, __ldcg(maxima + s * kPart));
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) {
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, i));
-    }
-    float sum = 0.0f;
-    for (int s = lane; s < splits; s += 32) {
-      const float weight = Exp2(__ldcg(maxima + s * kPart) - highest);
-      weights[head][s] = weight;
-      sum += weight * __ldcg(maxima + s * kPart + kHeads);
-    }
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
-    for (int s = lane; s < splits; s += 32) weights[head][s] /= sum;
+    WeighParts<kHeadDim>(parts, splits, head, weights[head]);
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < heads * kHeadDim; e += kThreads) {
-    float value = 0.0f;
-#pragma unroll 8
-    for (int s = 0; s < splits; ++s) {
-      value += weights[e / kHeadDim][s] * __ldcg(parts + s * kPart + e);
+  for (int e = threadIdx.x; e < count; e += kThreads) {
+    const float* weight = weights[4 * e / kHeadDim];
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int first = 0; first < splits; first += kBatch) {
+      if (e != threadIdx.x || first > 0) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (first + i < splits) values[i] = load(first + i, e);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i < splits) AddScaled(&sum, weight[first + i], values[i]);
+      }
     }
-    out[e] = FromFloat<T>(value);
+    StoreFour(out + 4 * e, sum);
   }
 }
 
@@ -220,25 +285,25 @@ __global__ void __launch_bounds__(kWarps * 32) DecodeKernel(const DecodeParams p
   constexpr int kRing = kStages * Tile<kHeadDim>::kStageBytes;
   static_assert(kRing >= kHeads * (kHeadDim + 4) * 4);
   extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ BlockState<kWarps> state;
+  __shared__ BlockState<T, kHeadDim, kWarps> state;
   LetNextStart();
-  WaitForPrevious();
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int row = p.step.decode_rows[blockIdx.z];
-  const int length = p.step.positions[row] + 1;
+  const int position = p.step.positions[row];
   const int kv_head = blockIdx.y / p.chunks;
   const int first_head = blockIdx.y % p.chunks * kHeads;  // Within the KV head's
   const int heads = min(kHeads, p.group - first_head);
   const int64_t q_column = static_cast<int64_t>(kv_head * p.group + first_head) * kHeadDim;
   T* out = static_cast<T*>(p.out) + row * p.out_stride + q_column;
-  if (length <= 0) {
+  if (position < 0) {
+    WaitForPrevious();
     if (blockIdx.x > 0) return;
     for (int e = threadIdx.x; e < heads * kHeadDim; e += kThreads) out[e] = FromFloat<T>(0.0f);
     return;
   }
-  const int tiles = (length + kTileKeys - 1) / kTileKeys;
+  const int tiles = position / kTileKeys + 1;
   const int splits = min(static_cast<int>(gridDim.x), (tiles + kMinTiles - 1) / kMinTiles);
   const int split = blockIdx.x;
   if (split >= splits) return;
@@ -249,7 +314,7 @@ __global__ void __launch_bounds__(kWarps * 32) DecodeKernel(const DecodeParams p
   reader.table = p.step.block_tables + p.step.sequences[row] * p.step.block_table_stride;
   reader.first = tiles * split / splits + warp;
   reader.end = tiles * (split + 1) / splits;
-  reader.length = length;
+  reader.length = position;
   reader.kv_head = kv_head;
   reader.num_kv_heads = p.num_kv_heads;
   reader.block_size = p.block_size;
@@ -261,8 +326,36 @@ __global__ void __launch_bounds__(kWarps * 32) DecodeKernel(const DecodeParams p
     if (i < count) reader.Fetch(i, ring + i * Tile<kHeadDim>::kStageBytes);
     CommitCopies();
   }
+  WaitForPrevious();
+
+  const T* qkv = static_cast<const T*>(p.qkv) + row * p.qkv_stride;
+  const int half_dim = p.new_keys == NewKeys::kTurnAndWrite ? p.step.half_dim : 0;
+  const float* cos = p.step.cos + static_cast<int64_t>(row) * half_dim;
+  const float* sin = p.step.sin + static_cast<int64_t>(row) * half_dim;
+#pragma unroll
+  for (int e = threadIdx.x; e < kHeads * kHeadDim; e += kThreads) {
+    const int head = e / kHeadDim;
+    const T* from = qkv + q_column + head * kHeadDim;
+    state.q[head][e % kHeadDim] =
+        head < heads ? TurnedElement(from, e % kHeadDim, cos, sin, half_dim) : FromFloat<T>(0.0f);
+  }
+  if (split == splits - 1) {  // The block that has the newest key
+    const T* from = qkv + static_cast<int64_t>(p.num_kv_heads * p.group + kv_head) * kHeadDim;
+    const size_t to =
+        static_cast<size_t>(KvRow(reader.table, position, kv_head, p.num_kv_heads, p.block_size)) *
+        kHeadDim;
+    const bool write = p.new_keys != NewKeys::kReady && first_head == 0;
+    for (int d = threadIdx.x; d < kHeadDim; d += kThreads) {
+      state.k[d] = TurnedElement(from, d, cos, sin, half_dim);
+      state.v[d] = from[p.num_kv_heads * kHeadDim + d];
+      if (!write) continue;
+      static_cast<T*>(p.k)[to + d] = state.k[d];
+      static_cast<T*>(p.v)[to + d] = state.v[d];
+    }
+  }
+  __syncthreads();
   uint32_t q[kHeadDim / 16][2];
-  LoadQuery<T, kHeadDim>(static_cast<const T*>(p.qkv) + row * p.qkv_stride + q_column, heads, q);
+  LoadQuery<T, kHeadDim>(state.q, q);
   const uint32_t fragment =
       (lane % 8 + lane / 16 * 8) * Tile<kHeadDim>::kStride + lane / 8 % 2 * 16;
 
@@ -274,9 +367,19 @@ __global__ void __launch_bounds__(kWarps * 32) DecodeKernel(const DecodeParams p
     if (next < count) reader.Fetch(next, ring + next_stage * Tile<kHeadDim>::kStageBytes);
     CommitCopies();
     WaitForCopies<kStages - 1>();
+    const int tile = reader.first + i * kWarps;
+    if (tile == tiles - 1) {  // Puts the newest key where the copy left zeros
+      uint8_t* to = own + stage * Tile<kHeadDim>::kStageBytes +
+                    position % kTileKeys * Tile<kHeadDim>::kStride;
+      __syncwarp();
+      for (int d = lane; d < kHeadDim; d += 32) {
+        reinterpret_cast<T*>(to)[d] = state.k[d];
+        reinterpret_cast<T*>(to + Tile<kHeadDim>::kBytes)[d] = state.v[d];
+      }
+    }
     __syncwarp();
-    warp_state.Add(q, ring + stage * Tile<kHeadDim>::kStageBytes, fragment,
-                   (reader.first + i * kWarps) * kTileKeys, length, p.scale);
+    warp_state.Add(q, ring + stage * Tile<kHeadDim>::kStageBytes, fragment, tile * kTileKeys,
+                   position + 1, p.scale);
     __syncwarp();
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
@@ -305,40 +408,43 @@ __global__ void __launch_bounds__(kWarps * 32) DecodeKernel(const DecodeParams p
   const int64_t unit = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
   float* parts = p.partials + unit * gridDim.x * PartFloats(kHeadDim);
   float* part = parts + split * PartFloats(kHeadDim);
-  for (int e = threadIdx.x; e < heads * kHeadDim; e += kThreads) {
-    const int head = e / kHeadDim;
-    const int column = e % kHeadDim;
+  for (int e = threadIdx.x; e < heads * kHeadDim / 4; e += kThreads) {
+    const int head = 4 * e / kHeadDim;
+    const int column = 4 * e % kHeadDim;
     float highest = state.max[0][head];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) highest = fmaxf(highest, state.max[w][head]);
-    float value = 0.0f;
+    float4 value = {0.0f, 0.0f, 0.0f, 0.0f};
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float weight = Exp2(state.max[w][head] - highest);
       const auto* of_warp = reinterpret_cast<const float*>(shared + w * kRing);
-      value += weight * of_warp[head * kOutStride + column];
+      AddScaled(&value, weight,
+                *reinterpret_cast<const float4*>(of_warp + head * kOutStride + column));
       total += weight * state.sum[w][head];
     }
     if (splits == 1) {
-      out[e] = FromFloat<T>(value / total);
+      const float inverse = 1.0f / total;
+      StoreFour(out + 4 * e,
+                float4{value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse});
     } else {
-      part[e] = value;
+      *reinterpret_cast<float4*>(part + 4 * e) = value;
       if (column == 0) {
-        part[kHeads * kHeadDim + head] = highest;
-        part[kHeads * kHeadDim + kHeads + head] = total;
+        *reinterpret_cast<float2*>(part + kHeads * kHeadDim + 2 * head) = {highest, total};
       }
     }
   }
   if (splits == 1) return;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) state.last = atomicAdd(p.counters + unit, 1) == splits - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    state.last = atomicAdd(p.counters + unit, 1) == splits - 1;
+    __threadfence();
+    if (state.last) p.counters[unit] = 0;
+  }
   __syncthreads();
-  if (!state.last) return;
-  __threadfence();
-  if (threadIdx.x == 0) p.counters[unit] = 0;
-  MergeParts<T, kHeadDim, kThreads>(parts, splits, heads, state.weights, out);
+  if (state.last) MergeParts<T, kHeadDim, kThreads>(parts, splits, heads, state.weights, out);
 }
 
 int Chunks(const AttentionShape& shape) {
@@ -371,7 +477,8 @@ int64_t DecodeScratchBytes(const AttentionShape& shape, int num_sms) {
 
 void DecodeAttention(const LaunchContext& context, const DeviceStep& step,
                      const AttentionShape& shape, const void* qkv, int64_t qkv_stride,
-                     const KvLayer& kv, void* out, int64_t out_stride, void* scratch) {
+                     const KvLayer& kv, void* out, int64_t out_stride, void* scratch,
+                     NewKeys new_keys) {
   if (step.num_decode_rows == 0) return;
   DecodeParams params = {};
   params.step = step;
@@ -388,6 +495,7 @@ void DecodeAttention(const LaunchContext& context, const DeviceStep& step,
   params.group = shape.num_heads / shape.num_kv_heads;
   params.chunks = Chunks(shape);
   params.scale = shape.scale * kLog2E;
+  params.new_keys = new_keys;
   const int units = shape.num_kv_heads * params.chunks;
   const int64_t splits = std::clamp<int64_t>(
       MaxParts(context.num_sms) / (static_cast<int64_t>(units) * step.num_decode_rows), 1,

@@ -100,6 +100,13 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
+// Elements i and i + half_dim of a head turned by an angle, before rounding. Every kernel rounds the
+// same way, so that q and k have the same bits whoever turns them.
+__device__ __forceinline__ float2 Turn(float first, float second, float cos, float sin) {
+  return {__fmaf_rn(first, cos, -__fmul_rn(second, sin)),
+          __fmaf_rn(second, cos, __fmul_rn(first, sin))};
+}
+
 // Row (block, head, slot) of the cache that holds key `key` of the sequence whose row of the block
 // table is `table`.
 __device__ __forceinline__ uint32_t KvRow(const int32_t* table, int key, int kv_head,

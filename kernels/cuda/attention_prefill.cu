@@ -40,20 +40,30 @@ struct KeySource {
   const int32_t* table;
   int length, kv_head, num_kv_heads, block_size;
 
+  // The cache row of key first + 16 * (lane % 4), for Fetch from `first`.
+  __device__ __forceinline__ uint32_t Locate(int first) const {
+    return KvRow(table, min(first + threadIdx.x % 4 * 16, length - 1), kv_head, num_kv_heads,
+                 block_size);
+  }
+
   // Starts the copies of `cache`'s rows of keys [first, first + kKeys) to `shared`; zeros behind
   // the last key.
-  __device__ __forceinline__ void Fetch(const T* cache, int first, uint32_t shared) const {
+  __device__ __forceinline__ void Fetch(const T* cache, int first, uint32_t located,
+                                        uint32_t shared) const {
     constexpr int kChunks = kHeadDim / 8;
     constexpr int kCopies = Layout<kHeadDim>::kKeys * kChunks;
     static_assert(kCopies % kThreads == 0);
+    const bool whole = block_size % 16 == 0;  // 16 keys lie next to each other
 #pragma unroll
     for (int i = 0; i < kCopies / kThreads; ++i) {
       const int row = (threadIdx.x + i * kThreads) / kChunks;
       const int column = (threadIdx.x + i * kThreads) % kChunks;
-      const int key = min(first + row, length - 1);
-      const size_t from = KvRow(table, key, kv_head, num_kv_heads, block_size);
+      uint32_t from = __shfl_sync(0xffffffffu, located, row / 16) + row % 16;
+      if (!whole) {
+        from = KvRow(table, min(first + row, length - 1), kv_head, num_kv_heads, block_size);
+      }
       CopyAsync16(shared + row * Layout<kHeadDim>::kStride + column * 16,
-                  cache + from * kHeadDim + column * 8, first + row < length);
+                  cache + static_cast<size_t>(from) * kHeadDim + column * 8, first + row < length);
     }
   }
 };
@@ -83,20 +93,21 @@ struct RowState {
       highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
       highest = fmaxf(highest * scale, max[r]);
-      const float factor = Exp2(max[r] - highest);
-      max[r] = highest;
-      float added = 0.0f;
+      if (__any_sync(0xffffffffu, highest > max[r])) {
+        const float factor = Exp2(max[r] - highest);
+        max[r] = highest;
+        sum[r] *= factor;
+#pragma unroll
+        for (auto& tile : out) {
+          tile[2 * r] *= factor;
+          tile[2 * r + 1] *= factor;
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        s[n][2 * r] = Exp2(fmaf(s[n][2 * r], scale, -highest));
-        s[n][2 * r + 1] = Exp2(fmaf(s[n][2 * r + 1], scale, -highest));
-        added += s[n][2 * r] + s[n][2 * r + 1];
-      }
-      sum[r] = sum[r] * factor + added;
-#pragma unroll
-      for (auto& tile : out) {
-        tile[2 * r] *= factor;
-        tile[2 * r + 1] *= factor;
+        s[n][2 * r] = Exp2(fmaf(s[n][2 * r], scale, -max[r]));
+        s[n][2 * r + 1] = Exp2(fmaf(s[n][2 * r + 1], scale, -max[r]));
+        sum[r] += s[n][2 * r] + s[n][2 * r + 1];
       }
     }
   }
@@ -150,9 +161,10 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
         q_shared + column / kChunks * L::kQueryBytes + row * L::kStride + column % kChunks * 16,
         q + min(row, tile.num_rows - 1) * p.qkv_stride + column * 8, row < tile.num_rows);
   }
-  keys.Fetch(k, 0, k_shared);
+  uint32_t located = keys.Locate(0);
+  keys.Fetch(k, 0, located, k_shared);
   CommitCopies();
-  keys.Fetch(v, 0, v_shared);
+  keys.Fetch(v, 0, located, v_shared);
   CommitCopies();
 
   const uint32_t q_fragment = q_shared + (16 * warp + lane % 16) * L::kStride + lane / 16 * 16;
@@ -167,7 +179,11 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
     WaitForCopies<1>();
     __syncthreads();  // K of this tile is there, and everyone is done with the tile before
     const bool more = t + 1 < num_tiles;
-    if (more) keys.Fetch(k, (t + 1) * L::kKeys, k_shared + (t + 1) % 2 * L::kTileBytes);
+    const int next = (t + 1) * L::kKeys;
+    if (more) {
+      located = keys.Locate(next);
+      keys.Fetch(k, next, located, k_shared + (t + 1) % 2 * L::kTileBytes);
+    }
     CommitCopies();
 
     float s[kHeads][kKeyTiles][4] = {};
@@ -198,7 +214,7 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
 
     WaitForCopies<1>();
     __syncthreads();  // V of this tile
-    if (more) keys.Fetch(v, (t + 1) * L::kKeys, v_shared + (t + 1) % 2 * L::kTileBytes);
+    if (more) keys.Fetch(v, next, located, v_shared + (t + 1) % 2 * L::kTileBytes);
     CommitCopies();
 #pragma unroll
     for (int n = 0; n < kKeyTiles; n += 2) {
@@ -273,7 +289,10 @@ void PrefillAttention(const LaunchContext& context, const DeviceStep& step,
   params.scale = shape.scale * kLog2E;
   ForShape(shape, [&]<typename T, int kHeadDim>() {
     if constexpr (kHeadDim <= 128) {
-      if (params.group % 2 == 0 && Layout<kHeadDim>::Shared(2) <= context.max_shared_bytes) {
+      // Pairs of heads, where they leave two blocks for every SM; the bits are the same.
+      const int64_t pairs = static_cast<int64_t>(step.num_prefill_tiles) * shape.num_heads / 2;
+      if (params.group % 2 == 0 && pairs >= 2 * context.num_sms &&
+          Layout<kHeadDim>::Shared(2) <= context.max_shared_bytes) {
         return LaunchPrefill<T, kHeadDim, 2>(context, params, shape.num_heads);
       }
     }

@@ -33,10 +33,9 @@ __device__ __forceinline__ void TurnPair(T* a, const float* cos, const float* si
   Vector second = *reinterpret_cast<const Vector*>(a + half_dim);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    const float x = ToFloat(first.values[i]);
-    const float y = ToFloat(second.values[i]);
-    first.values[i] = FromFloat<T>(x * cos[i] - y * sin[i]);
-    second.values[i] = FromFloat<T>(y * cos[i] + x * sin[i]);
+    const float2 turned = Turn(ToFloat(first.values[i]), ToFloat(second.values[i]), cos[i], sin[i]);
+    first.values[i] = FromFloat<T>(turned.x);
+    second.values[i] = FromFloat<T>(turned.y);
   }
   *reinterpret_cast<Vector*>(a) = first;
   *reinterpret_cast<Vector*>(a + half_dim) = second;

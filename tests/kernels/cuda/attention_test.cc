@@ -105,7 +105,8 @@ struct Step {
 
 // A random value of about unit size, rounded to the dtype.
 uint16_t RandomBits(DType dtype, std::mt19937* random) {
-  return Encode(dtype, std::normal_distribution<float>(0.0f, 1.0f)(*random));
+  const auto integer = static_cast<int32_t>((*random)());
+  return Encode(dtype, static_cast<float>(integer) * (1.7f / 2147483648.0f));
 }
 
 void AddRows(Step* step, int sequence) {
@@ -220,10 +221,10 @@ class DeviceRun {
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
   }
   // Bits of out.
-  std::vector<uint16_t> Attend() {
+  std::vector<uint16_t> Attend(NewKeys new_keys = NewKeys::kReady) {
     out_.Set(std::vector<uint16_t>(host_.rows() * host_.out_columns(), kPoison));
     DecodeAttention(context_, step_, host_.shape, qkv_.data(), host_.qkv_columns(), kv_,
-                    out_.data(), host_.out_columns(), scratch_.data());
+                    out_.data(), host_.out_columns(), scratch_.data(), new_keys);
     PrefillAttention(context_, step_, host_.shape, qkv_.data(), host_.qkv_columns(), kv_,
                      out_.data(), host_.out_columns());
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
@@ -446,6 +447,42 @@ TEST_F(CudaAttention, FitsInto99KiB) {
     DeviceRun run(step, 99 << 10);
     run.Rope();
     CheckAttention(step, run, run.Attend());
+  }
+}
+
+// A pair of heads of a block has the bits of one head of a block.
+TEST_F(CudaAttention, HeadsOfABlockChangeNothing) {
+  for (const int head_dim : {32, 64, 80, 96, 128}) {
+    for (const DType dtype : {DType::kF16, DType::kBF16}) {
+      SCOPED_TRACE(head_dim);
+      const AttentionShape shape = {16, 8, head_dim, 16, 0.09f, dtype};
+      const Step step = MakeStep(shape, std::vector<Rows>(34, {100, 64}), 0, 3);
+      DeviceRun pairs(step);
+      pairs.Rope();
+      DeviceRun single(step, 16 << 10);
+      single.Rope();
+      EXPECT_TRUE(pairs.Attend() == single.Attend());
+    }
+  }
+}
+
+// Decode that turns and writes by itself leaves the same bits, in the cache as well.
+TEST_F(CudaAttention, DecodeWritesNewKeysItself) {
+  const std::vector<Rows> sequences = {{0, 1},    {15, 1},  {16, 1}, {-1, 1},
+                                       {1000, 1}, {300, 1}, {31, 1}, {63, 1}};
+  for (const int half_dim : {0, 40, 15}) {
+    for (const Heads heads : {Heads{4, 4}, Heads{8, 2}, Heads{12, 1}}) {
+      const AttentionShape shape = {heads.heads, heads.kv_heads, 80, 16, 0.1f, DType::kF16};
+      const Step step = MakeStep(shape, sequences, half_dim, half_dim);
+      DeviceRun apart(step);
+      apart.Rope();
+      DeviceRun fused(step);
+      const NewKeys new_keys = half_dim > 0 ? NewKeys::kTurnAndWrite : NewKeys::kWrite;
+      EXPECT_TRUE(fused.Attend(new_keys) == apart.Attend());
+      EXPECT_TRUE(fused.K() == apart.K());
+      EXPECT_TRUE(fused.V() == apart.V());
+      EXPECT_TRUE(fused.Qkv() == step.qkv);
+    }
   }
 }
 
