@@ -246,7 +246,7 @@ RopeRows CudaBackend::RopeTable(absl::Span<const uint32_t> positions,
 
 bool CudaBackend::FitsSmall(const CudaPackedMatrix::Part& part, int64_t rows) const {
   return rows <= kSmallRows &&
-         SmallMatMulShared(part.format, part.weight, static_cast<int>(rows)) <=
+         SmallMatMulShared(part.format, part.weight, static_cast<int>(rows), NormKind::kLayer) <=
              context_.max_shared_bytes;
 }
 

@@ -1,6 +1,8 @@
 // From a record of the packed layout (packed_layout.h) to the A operand of mma.m16n8k16: what the
-// codes of one step mean, as pairs of T. Each weight is the product of scale and code (or their
-// fused multiply-add) rounded to T, as the libraries that wrote the checkpoint dequantize it.
+// codes of one step mean, as pairs of T. Scaled: each weight is the product of scale and code (or
+// their fused multiply-add) rounded to T, as the libraries that wrote the checkpoint dequantize it.
+// Unscaled: codes minus zero point, or table values, and the sum over a granule is multiplied by the
+// scale in float32: fewer instructions where a weight meets few rows of x, and one rounding less.
 #pragma once
 
 #include "kernels/cuda/numeric.cuh"
@@ -46,10 +48,26 @@ __device__ __forceinline__ GranuleState LoadGranule(const uint8_t* granule, int 
   return state;
 }
 
+// (word & mask) | magic in one instruction; `magic` must come from a register, so that the compiler
+// does not make two instructions with a constant each.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t Insert(uint32_t word, uint32_t magic) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "n"(kMask), "r"(magic));
+  return result;
+}
+__device__ __forceinline__ uint32_t InRegister(uint32_t constant) {
+  asm volatile("" : "+r"(constant));
+  return constant;
+}
+
 // Four pairs of codes of one word as exact integers of T, minus the zero point in `state`
 // (int4_zero) or as they are (int4_offset).
+template <typename T>
+inline constexpr uint32_t kInt4Magic = std::is_same_v<T, __half> ? 0x64006400u : 0x43004300u;
+
 template <typename T, bool kSubtractZero>
-__device__ __forceinline__ void Int4Codes(uint32_t word, const GranuleState& state,
+__device__ __forceinline__ void Int4Codes(uint32_t word, uint32_t magic, const GranuleState& state,
                                           uint32_t (&a)[4]) {
   if constexpr (std::is_same_v<T, __half>) {
     // 1024 + code for the low nibbles, 1024 + 16 code for the others: exact in float16.
@@ -57,18 +75,18 @@ __device__ __forceinline__ void Int4Codes(uint32_t word, const GranuleState& sta
     const uint32_t high = kSubtractZero ? state.second_high : 0xd400d400u;
     constexpr uint32_t kSixteenth = 0x2c002c00u;
     const uint32_t next = word >> 8;
-    a[0] = PairSub<T>((word & 0x000f000fu) | 0x64006400u, low);
-    a[1] = PairFma<T>((word & 0x00f000f0u) | 0x64006400u, kSixteenth, high);
-    a[2] = PairSub<T>((next & 0x000f000fu) | 0x64006400u, low);
-    a[3] = PairFma<T>((next & 0x00f000f0u) | 0x64006400u, kSixteenth, high);
+    a[0] = PairSub<T>(Insert<0x000f000fu>(word, magic), low);
+    a[1] = PairFma<T>(Insert<0x00f000f0u>(word, magic), kSixteenth, high);
+    a[2] = PairSub<T>(Insert<0x000f000fu>(next, magic), low);
+    a[3] = PairFma<T>(Insert<0x00f000f0u>(next, magic), kSixteenth, high);
   } else {
     // 128 + code: exact in bfloat16, which has no room for a nibble further up.
     const uint32_t low = kSubtractZero ? state.second_low : 0x43004300u;
     const uint32_t high = kSubtractZero ? state.second_high : 0x43004300u;
-    a[0] = PairSub<T>((word & 0x000f000fu) | 0x43004300u, low);
-    a[1] = PairSub<T>(((word >> 4) & 0x000f000fu) | 0x43004300u, high);
-    a[2] = PairSub<T>(((word >> 8) & 0x000f000fu) | 0x43004300u, low);
-    a[3] = PairSub<T>(((word >> 12) & 0x000f000fu) | 0x43004300u, high);
+    a[0] = PairSub<T>(Insert<0x000f000fu>(word, magic), low);
+    a[1] = PairSub<T>(Insert<0x000f000fu>(word >> 4, magic), high);
+    a[2] = PairSub<T>(Insert<0x000f000fu>(word >> 8, magic), low);
+    a[3] = PairSub<T>(Insert<0x000f000fu>(word >> 12, magic), high);
   }
 }
 
@@ -93,11 +111,12 @@ __device__ __forceinline__ void Int8Codes(uint32_t word, uint32_t& first, uint32
 
 // A operand of step s of a record. `record` points to shared memory, `codes` holds what the lane
 // has loaded of it.
-template <typename T, QuantFormat kFormat>
+template <typename T, QuantFormat kFormat, bool kScaled>
 struct Fragment {
   static constexpr int kSteps = RecordColumns(kFormat) / 16;
   static constexpr int kWords = kRecordCodeBytes / 32 / 4;  // 8: 32 bytes of codes a lane
   uint32_t words[kWords];
+  uint32_t magic = InRegister(kInt4Magic<T>);
 
   __device__ __forceinline__ void Load(const uint8_t* record, int lane) {
     const uint4 first = *reinterpret_cast<const uint4*>(record + lane * 16);
@@ -119,10 +138,11 @@ struct Fragment {
       a[0] = words[2 * s], a[1] = words[4 + 2 * s], a[2] = words[2 * s + 1];
       a[3] = words[4 + 2 * s + 1];
     } else if constexpr (kFormat == QuantFormat::kInt4Zero) {
-      Int4Codes<T, true>(words[s], state, a);
-      Scale(state, a);
+      Int4Codes<T, true>(words[s], magic, state, a);
+      if constexpr (kScaled) Scale(state, a);
     } else if constexpr (kFormat == QuantFormat::kInt4Offset) {
-      Int4Codes<T, false>(words[s], state, a);
+      static_assert(kScaled, "an offset belongs to each weight");
+      Int4Codes<T, false>(words[s], magic, state, a);
       a[0] = PairFma<T>(a[0], state.scale_low, state.second_low);
       a[1] = PairFma<T>(a[1], state.scale_high, state.second_high);
       a[2] = PairFma<T>(a[2], state.scale_low, state.second_low);
@@ -131,11 +151,11 @@ struct Fragment {
       const uint32_t word = words[s];
       a[0] = pair_table[word & 0xff], a[1] = pair_table[(word >> 8) & 0xff];
       a[2] = pair_table[(word >> 16) & 0xff], a[3] = pair_table[word >> 24];
-      Scale(state, a);
+      if constexpr (kScaled) Scale(state, a);
     } else {
       Int8Codes<T>(words[2 * s], a[0], a[2]);
       Int8Codes<T>(words[2 * s + 1], a[1], a[3]);
-      Scale(state, a);
+      if constexpr (kScaled) Scale(state, a);
     }
   }
 

@@ -26,7 +26,7 @@ inline constexpr int kBatchRows = 64;
 
 // Shared memory that SmallMatMul needs; the caller takes another way when it is more than the card
 // has (LaunchContext::max_shared_bytes).
-int64_t SmallMatMulShared(QuantFormat format, const WeightParams& w, int rows);
+int64_t SmallMatMulShared(QuantFormat format, const WeightParams& w, int rows, NormKind norm);
 
 // REQUIRES: 1 <= in.rows <= kSmallRows.
 void SmallMatMul(const LaunchContext& context, DType dtype, QuantFormat format,

@@ -18,29 +18,48 @@ constexpr int kReduceFloats = kWarps * kTileRows * kSmallRows;
 __host__ __device__ constexpr int XRowBytes(int k) { return (k + 127) / 128 * 256 + 64; }
 
 struct SharedLayout {
-  int ring, reduce, table, x, total;
+  int ring, reduce, table, norm, x, total;
 };
-__host__ __device__ SharedLayout LayoutOf(int record_bytes, int k, int rows) {
+__host__ __device__ SharedLayout LayoutOf(int record_bytes, int k, int rows, NormKind norm) {
   SharedLayout layout{};
   layout.reduce = kWarps * kDepth * record_bytes;
   layout.table = layout.reduce + 2 * kReduceFloats * 4;
-  layout.x = layout.table + 1024;
+  layout.norm = layout.table + 1024;  // Weight, then bias
+  const int norm_vectors = norm == NormKind::kNone ? 0 : norm == NormKind::kRms ? 1 : 2;
+  layout.x = layout.norm + norm_vectors * ((k + 3) / 4 * 16);
   layout.total = layout.x + rows * XRowBytes(k);
   return layout;
 }
 
-// The records that one warp works on, in order: records warp, warp + kWarps, ... of the block's
-// tiles.
+// The records that one warp copies, in order: records warp, warp + kWarps, ... of the block's tiles.
+// `source` is where the lane reads.
 struct RecordWalk {
+  const uint8_t* source;
   int tile, record;
-  __device__ __forceinline__ void Next(const WeightParams& w, int warp) {
-    record += kWarps;
-    if (record >= w.records) {
-      record = warp;
-      tile += static_cast<int>(gridDim.x);
-    }
-  }
 };
+
+template <typename T, QuantFormat kFormat>
+__device__ __forceinline__ RecordWalk BeginWalk(const WeightParams& w, int warp, int lane) {
+  // A warp beyond the records of a tile has none at all.
+  RecordWalk walk{nullptr, warp < w.records ? static_cast<int>(blockIdx.x) : w.tiles, warp};
+  if constexpr (kFormat != QuantFormat::kPlain) {
+    walk.source = static_cast<const uint8_t*>(w.data) + lane * 16 +
+                  (int64_t{walk.tile} * w.records + warp) * w.record_bytes;
+  }
+  return walk;
+}
+
+template <QuantFormat kFormat>
+__device__ __forceinline__ void NextRecord(const WeightParams& w, int warp, RecordWalk& walk) {
+  walk.record += kWarps;
+  walk.source += kWarps * w.record_bytes;
+  if (walk.record < w.records) return;
+  const int64_t skipped =
+      int64_t{static_cast<int>(gridDim.x) - 1} * w.records + (w.records - walk.record) + warp;
+  walk.source += skipped * w.record_bytes;
+  walk.record = warp;
+  walk.tile += static_cast<int>(gridDim.x);
+}
 
 template <typename T, QuantFormat kFormat>
 __device__ __forceinline__ void StartRecord(const WeightParams& w, const RecordWalk& at, int lane,
@@ -53,10 +72,10 @@ __device__ __forceinline__ void StartRecord(const WeightParams& w, const RecordW
       CopyAsync16(slot + lane * 16, column + min(low_row, w.order.n - 1) * w.plain_stride);
       CopyAsync16(slot + 512 + lane * 16, column + min(high_row, w.order.n - 1) * w.plain_stride);
     } else {
-      const uint8_t* source = static_cast<const uint8_t*>(w.data) +
-                              (int64_t{at.tile} * w.records + at.record) * w.record_bytes;
-      for (int byte = lane * 16; byte < w.record_bytes; byte += 512) {
-        CopyAsync16(slot + byte, source + byte);
+      CopyAsync16(slot + lane * 16, at.source);
+      CopyAsync16(slot + lane * 16 + 512, at.source + 512);
+      if (lane * 16 < w.record_bytes - kRecordCodeBytes) {
+        CopyAsync16(slot + lane * 16 + kRecordCodeBytes, at.source + kRecordCodeBytes);
       }
     }
   }
@@ -67,26 +86,6 @@ __device__ float SumOfWarp(float x) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
-}
-
-// sums[m] becomes the sum over the block. `scratch` has room for kWarps * kSmallRows floats.
-__device__ void SumOfBlock(float (&sums)[kSmallRows], int rows, float* scratch) {
-  const int warp = threadIdx.x / 32;
-  __syncthreads();
-#pragma unroll
-  for (int m = 0; m < kSmallRows; ++m) {
-    if (m >= rows) break;
-    const float sum = SumOfWarp(sums[m]);
-    if (threadIdx.x % 32 == 0) scratch[m * kWarps + warp] = sum;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int m = 0; m < kSmallRows; ++m) {
-    if (m >= rows) break;
-    float sum = 0.0f;
-    for (int i = 0; i < kWarps; ++i) sum += scratch[m * kWarps + i];
-    sums[m] = sum;
-  }
 }
 
 // Eight elements of a row of x at column i (those at k and beyond are 0).
@@ -104,62 +103,117 @@ __device__ uint4 LoadX(const InputParams& in, const T* row, int i, int k) {
   return *reinterpret_cast<const uint4*>(values);
 }
 
-// norm(x) into shared memory, zeros up to a multiple of 128 columns. Each thread works on its own
-// columns all the way.
+// x into shared memory, zeros up to a multiple of 128 columns. Several loads are under way at once.
 template <typename T>
-__device__ void FillX(const InputParams& in, int k, uint8_t* x, float* scratch) {
-  const int padded = (k + 127) / 128 * 128;
+__device__ void CopyX(const InputParams& in, int k, uint8_t* x) {
+  const int vectors = (k + 127) / 128 * 16;  // Of a row
   const int row_bytes = XRowBytes(k);
-  float sums[kSmallRows] = {};
+  constexpr int kAtOnce = 4;
+  for (int first = threadIdx.x; first < in.rows * vectors; first += kAtOnce * kThreads) {
+    uint4 values[kAtOnce];
+    int to[kAtOnce];
 #pragma unroll
-  for (int m = 0; m < kSmallRows; ++m) {
-    if (m >= in.rows) break;
-    const int64_t row = in.row_index == nullptr ? m : in.row_index[m];
-    const T* source = static_cast<const T*>(in.x) + row * in.stride;
-    for (int i = threadIdx.x * 8; i < padded; i += kThreads * 8) {
-      const uint4 eight = LoadX(in, source, i, k);
-      *reinterpret_cast<uint4*>(x + m * row_bytes + i * 2) = eight;
-      const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int at = first + j * kThreads;
+      to[j] = -1;
+      if (at >= in.rows * vectors) continue;
+      const int m = at / vectors, i = (at - m * vectors) * 8;
+      const int64_t row = in.row_index == nullptr ? m : in.row_index[m];
+      values[j] = LoadX(in, static_cast<const T*>(in.x) + row * in.stride, i, k);
+      to[j] = m * row_bytes + i * 2;
+    }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 two = Numeric<T>::ToFloat2(pairs[j]);
-        sums[m] += in.norm == NormKind::kRms ? two.x * two.x + two.y * two.y : two.x + two.y;
-      }
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (to[j] >= 0) *reinterpret_cast<uint4*>(x + to[j]) = values[j];
     }
   }
-  if (in.norm == NormKind::kNone) return;
-  SumOfBlock(sums, in.rows, scratch);
-  float means[kSmallRows] = {};
+}
+
+// Norm weight (and bias) into shared memory: starts with the weights, long before x is there.
+__device__ void StartNorm(const InputParams& in, int k, uint8_t* norm) {
+  const int bytes = (k + 3) / 4 * 16;
+  for (int which = 0; which < 2; ++which) {
+    const float* source = which == 0 ? in.norm_weight : in.norm_bias;
+    if (source == nullptr) continue;
+    for (int i = threadIdx.x * 16; i < bytes; i += kThreads * 16) {
+      CopyAsync16(norm + which * bytes + i, reinterpret_cast<const uint8_t*>(source) + i,
+                  min(16, k * 4 - i));
+    }
+  }
+}
+
+// The sum over the warps that share a row: `width` of them, the first is `first`.
+__device__ float SumOfWarps(float sum, int first, int width, float* scratch) {
+  sum = SumOfWarp(sum);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
+  __syncthreads();
+  float total = 0.0f;
+  for (int i = 0; i < width; ++i) total += scratch[first + i];
+  return total;
+}
+
+// Eight of the norm's weights (or biases) from column i on; `none` when there are none.
+__device__ void NormValues(const InputParams& in, const float* values, int i, int k, float none,
+                           float (&out)[8]) {
+  if (values != nullptr && in.perm == nullptr && i + 8 <= k) {
+    *reinterpret_cast<float4*>(out) = *reinterpret_cast<const float4*>(values + i);
+    *reinterpret_cast<float4*>(out + 4) = *reinterpret_cast<const float4*>(values + i + 4);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    out[j] = none;
+    if (values != nullptr && i + j < k)
+      out[j] = values[in.perm == nullptr ? i + j : in.perm[i + j]];
+  }
+}
+
+// x becomes norm(x), in shared memory. Each row has kWarps / (rows up to a power of two) warps.
+template <typename T>
+__device__ void NormX(const InputParams& in, int k, const float* weight, const float* bias,
+                      uint8_t* x, float* scratch) {
+  int width = kWarps;
+  while (width > 1 && kWarps / width < in.rows) width /= 2;
+  const int warp = threadIdx.x / 32, m = warp / width, first = m * width;
+  const bool mine = m < in.rows;
+  uint8_t* row = x + m * XRowBytes(k);
+  const int begin = ((warp - first) * 32 + static_cast<int>(threadIdx.x) % 32) * 8;
+  const int step = width * 32 * 8;
+  float mean = 0.0f;
   if (in.norm == NormKind::kLayer) {
-#pragma unroll
-    for (int m = 0; m < kSmallRows; ++m) {
-      if (m >= in.rows) break;
-      means[m] = sums[m] / static_cast<float>(k);
-      sums[m] = 0.0f;
-      for (int i = threadIdx.x * 8; i < padded; i += kThreads * 8) {
-        const T* eight = reinterpret_cast<const T*>(x + m * row_bytes + i * 2);
-        for (int j = 0; j < 8 && i + j < k; ++j) {
-          const float off = Numeric<T>::ToFloat(eight[j]) - means[m];
-          sums[m] += off * off;
-        }
+    float sum = 0.0f;
+    for (int i = begin; mine && i < k; i += step) {
+      const uint4 eight = *reinterpret_cast<const uint4*>(row + i * 2);
+      for (const uint32_t pair : {eight.x, eight.y, eight.z, eight.w}) {
+        const float2 two = Numeric<T>::ToFloat2(pair);
+        sum += two.x + two.y;  // Zeros behind k
       }
     }
-    SumOfBlock(sums, in.rows, scratch);
+    mean = SumOfWarps(sum, first, width, scratch) / static_cast<float>(k);
   }
+  float squares = 0.0f;
+  for (int i = begin; mine && i < k; i += step) {
+    const auto* eight = reinterpret_cast<const T*>(row + i * 2);
 #pragma unroll
-  for (int m = 0; m < kSmallRows; ++m) {
-    if (m >= in.rows) break;
-    const float factor = rsqrtf(sums[m] / static_cast<float>(k) + in.eps);
-    for (int i = threadIdx.x * 8; i < padded; i += kThreads * 8) {
-      T* eight = reinterpret_cast<T*>(x + m * row_bytes + i * 2);
-      for (int j = 0; j < 8 && i + j < k; ++j) {
-        const int column = in.perm == nullptr ? i + j : in.perm[i + j];
-        float value = (Numeric<T>::ToFloat(eight[j]) - means[m]) * factor;
-        if (in.norm == NormKind::kRms) value = Numeric<T>::ToFloat(Numeric<T>::FromFloat(value));
-        if (in.norm_weight != nullptr) value *= in.norm_weight[column];
-        if (in.norm_bias != nullptr) value += in.norm_bias[column];
-        eight[j] = Numeric<T>::FromFloat(value);
-      }
+    for (int j = 0; j < 8; ++j) {
+      const float off = Numeric<T>::ToFloat(eight[j]) - mean;
+      squares += i + j < k ? off * off : 0.0f;
+    }
+  }
+  squares = SumOfWarps(squares, first, width, scratch);
+  const float factor = rsqrtf(squares / static_cast<float>(k) + in.eps);
+  for (int i = begin; mine && i < k; i += step) {
+    auto* eight = reinterpret_cast<T*>(row + i * 2);
+    float weights[8], biases[8];
+    NormValues(in, in.norm_weight == nullptr ? nullptr : weight, i, k, 1.0f, weights);
+    NormValues(in, in.norm_bias == nullptr ? nullptr : bias, i, k, 0.0f, biases);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (i + j >= k) break;
+      float value = (Numeric<T>::ToFloat(eight[j]) - mean) * factor;
+      if (in.norm == NormKind::kRms) value = Numeric<T>::ToFloat(Numeric<T>::FromFloat(value));
+      eight[j] = Numeric<T>::FromFloat(value * weights[j] + biases[j]);
     }
   }
 }
@@ -169,26 +223,40 @@ __device__ void FillX(const InputParams& in, int k, uint8_t* x, float* scratch) 
 template <typename T, QuantFormat kFormat>
 __device__ __forceinline__ void MultiplyRecord(const WeightParams& w, const uint8_t* record,
                                                const uint8_t* x, const uint32_t* pair_table,
-                                               int lane, float (&acc)[2][4]) {
-  using Codes = Fragment<T, kFormat>;
+                                               int lane, float (&acc)[4]) {
+  constexpr bool kScaled = kFormat == QuantFormat::kInt4Offset;
+  constexpr bool kGranules = kFormat != QuantFormat::kPlain;
+  using Codes = Fragment<T, kFormat, kScaled>;
   Codes codes;
   codes.Load(record, lane);
   GranuleState state{};
+  const uint8_t* granule = record + kRecordCodeBytes;
+  float parts[2][4] = {};  // Sums of a granule, or of all; two chains
 #pragma unroll
   for (int block = 0; block < Codes::kSteps / 2; ++block) {
-    if constexpr (kFormat != QuantFormat::kPlain) {
-      if ((2 * block & (w.steps_per_granule - 1)) == 0) {
-        const int granule = 2 * block / w.steps_per_granule;
-        state = LoadGranule<T, kFormat>(record + kRecordCodeBytes + granule * GranuleBytes(kFormat),
-                                        lane / 4);
-      }
+    if (kGranules && (2 * block & (w.steps_per_granule - 1)) == 0) {
+      state = LoadGranule<T, kFormat>(granule, lane / 4);
+      granule += GranuleBytes(kFormat);
     }
     const uint4 b = *reinterpret_cast<const uint4*>(x + block * 64);
     uint32_t a[4];
     codes.Step(2 * block, state, pair_table, a);
-    Mma<T>(acc[0], a, b.x, b.y);
+    Mma<T>(parts[0], a, b.x, b.y);
     codes.Step(2 * block + 1, state, pair_table, a);
-    Mma<T>(acc[1], a, b.z, b.w);
+    Mma<T>(parts[1], a, b.z, b.w);
+    if (kGranules && !kScaled && (2 * block + 2 & (w.steps_per_granule - 1)) == 0) {
+      const float low = Numeric<T>::ToFloat2(state.scale_low).x;
+      const float high = Numeric<T>::ToFloat2(state.scale_high).x;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        acc[i] += (parts[0][i] + parts[1][i]) * (i < 2 ? low : high);
+        parts[0][i] = parts[1][i] = 0.0f;
+      }
+    }
+  }
+  if constexpr (!kGranules || kScaled) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[i] += parts[0][i] + parts[1][i];
   }
 }
 
@@ -197,22 +265,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     SmallKernel(const __grid_constant__ MatMulParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int slot_bytes = kFormat == QuantFormat::kPlain ? kRecordCodeBytes : p.w.record_bytes;
-  const SharedLayout layout = LayoutOf(slot_bytes, p.w.k, p.in.rows);
+  const SharedLayout layout = LayoutOf(slot_bytes, p.w.k, p.in.rows, p.in.norm);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint8_t* ring = shared + warp * kDepth * slot_bytes;
   auto* reduce = reinterpret_cast<float*>(shared + layout.reduce);
   auto* pair_table = reinterpret_cast<uint32_t*>(shared + layout.table);
 
   LetNextStart();
-  // A warp beyond the records of a tile has none at all.
-  RecordWalk ahead = {warp < p.w.records ? static_cast<int>(blockIdx.x) : p.w.tiles, warp};
+  StartNorm(p.in, p.w.k, shared + layout.norm);
+  CommitCopies();
+  RecordWalk ahead = BeginWalk<T, kFormat>(p.w, warp, lane);
   for (int i = 0; i < kDepth; ++i) {
     StartRecord<T, kFormat>(p.w, ahead, lane, ring + i * slot_bytes);
-    ahead.Next(p.w, warp);
+    NextRecord<kFormat>(p.w, warp, ahead);
   }
   if constexpr (kFormat == QuantFormat::kTable4) FillPairTable<T>(p.w.table, pair_table);
   WaitForPrevious();
-  FillX<T>(p.in, p.w.k, shared + layout.x, reduce);
+  CopyX<T>(p.in, p.w.k, shared + layout.x);
+  if (p.in.norm != NormKind::kNone) {
+    WaitForCopies<kDepth>();  // The norm's weights
+    __syncthreads();
+    const auto* weight = reinterpret_cast<const float*>(shared + layout.norm);
+    NormX<T>(p.in, p.w.k, weight, weight + (p.w.k + 3) / 4 * 4, shared + layout.x, reduce);
+  }
   __syncthreads();
 
   const int x_row = min(lane / 4, p.in.rows - 1);  // Columns beyond the rows of x are not stored
@@ -220,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   int slot = 0, buffer = 0;
   for (int tile = static_cast<int>(blockIdx.x); tile < p.w.tiles;
        tile += static_cast<int>(gridDim.x)) {
-    float acc[2][4] = {};
+    float acc[4] = {};
     for (int record = warp; record < p.w.records; record += kWarps) {
       WaitForCopies<kDepth - 1>();
       __syncwarp();
@@ -228,15 +303,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                                  x + record * RecordColumns(kFormat) * 2, pair_table, lane, acc);
       __syncwarp();
       StartRecord<T, kFormat>(p.w, ahead, lane, ring + slot * slot_bytes);
-      ahead.Next(p.w, warp);
+      NextRecord<kFormat>(p.w, warp, ahead);
       slot = slot + 1 == kDepth ? 0 : slot + 1;
     }
     // [row][column of the B operand], one plane a warp. Two buffers: the one of this tile is
     // written again only after the barrier of the next.
     float* plane = reduce + buffer * kReduceFloats + warp * kTileRows * kSmallRows;
     auto* low = reinterpret_cast<float2*>(plane + lane / 4 * kSmallRows + lane % 4 * 2);
-    low[0] = make_float2(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1]);
-    low[8 * kSmallRows / 2] = make_float2(acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
+    low[0] = make_float2(acc[0], acc[1]);
+    low[8 * kSmallRows / 2] = make_float2(acc[2], acc[3]);
     __syncthreads();
     if (threadIdx.x < 64) {
       const int token = threadIdx.x / 8, g = threadIdx.x % 8;
@@ -258,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 template <typename T, QuantFormat kFormat>
 void LaunchSmall(const LaunchContext& context, const MatMulParams& params) {
-  const int64_t shared = SmallMatMulShared(kFormat, params.w, params.in.rows);
+  const int64_t shared = SmallMatMulShared(kFormat, params.w, params.in.rows, params.in.norm);
   const auto kernel = SmallKernel<T, kFormat>;
   static const bool allowed = [&] {
     SLUICE_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -289,9 +364,9 @@ void DispatchSmall(const LaunchContext& context, QuantFormat format, const MatMu
 
 }  // namespace
 
-int64_t SmallMatMulShared(QuantFormat format, const WeightParams& w, int rows) {
+int64_t SmallMatMulShared(QuantFormat format, const WeightParams& w, int rows, NormKind norm) {
   const int slot = format == QuantFormat::kPlain ? kRecordCodeBytes : w.record_bytes;
-  return LayoutOf(slot, w.k, rows).total;
+  return LayoutOf(slot, w.k, rows, norm).total;
 }
 
 void SmallMatMul(const LaunchContext& context, DType dtype, QuantFormat format,

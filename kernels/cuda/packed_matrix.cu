@@ -160,7 +160,7 @@ __global__ void UnpackKernel(WeightParams w, float scale, int tile_begin, int ti
     high_row = low + int64_t{w.order.HighRow(row) - first} * stride;
   }
   const uint32_t factor = Numeric<T>::FromFloats(scale, scale);
-  Fragment<T, kFormat> codes;
+  Fragment<T, kFormat, /*kScaled=*/true> codes;
   codes.Load(record, lane);
   GranuleState state{};
 #pragma unroll
@@ -205,7 +205,7 @@ __global__ void EmbedKernel(WeightParams w, float scale, const uint32_t* ids, bo
   for (int index = threadIdx.x / 32; index < w.records; index += kThreads / 32) {
     const uint8_t* record =
         static_cast<const uint8_t*>(w.data) + (int64_t{tile} * w.records + index) * w.record_bytes;
-    Fragment<T, kFormat> codes;
+    Fragment<T, kFormat, /*kScaled=*/true> codes;
     codes.Load(record, lane);
 #pragma unroll
     for (int step = 0; step < codes.kSteps; ++step) {
