@@ -204,7 +204,7 @@ Request RandomRequest(int64_t row, int64_t vocab, std::mt19937& random) {
 class CudaSamplingSweep : public CudaSamplingTest,
                           public testing::WithParamInterface<std::tuple<int64_t, Logits>> {
  protected:
-  void Check() {
+  void Check(size_t at_once) {
     const auto [vocab, kind] = GetParam();
     std::mt19937 random(static_cast<unsigned>(vocab) * 5 + static_cast<unsigned>(kind));
     constexpr int64_t kRows = 8;
@@ -213,23 +213,51 @@ class CudaSamplingSweep : public CudaSamplingTest,
     std::vector<Request> requests;
     for (int i = 0; i < 150; ++i) {
       requests.push_back(RandomRequest(static_cast<int64_t>(random() % kRows), vocab, random));
+      if (requests.size() < at_once) continue;
+      ExpectCpus(requests, logits, vocab, stride);
+      if (HasFatalFailure()) return;
+      requests.clear();
     }
-    ExpectCpus(requests, logits, vocab, stride);
   }
 };
 
-TEST_P(CudaSamplingSweep, IsTheCpus) { Check(); }
+// 150 rows: a block each, with the logits in shared memory while they fit.
+TEST_P(CudaSamplingSweep, ManyRowsAreTheCpus) { Check(/*at_once=*/150); }
 
-TEST_P(CudaSamplingSweep, IsTheCpusWithoutSharedMemoryForTheRow) {
+TEST_P(CudaSamplingSweep, ManyRowsWithoutSharedMemoryAreTheCpus) {
   context_.max_shared_bytes = 0;
-  Check();
+  Check(/*at_once=*/150);
 }
+
+// Few rows: several blocks a row, where the card has clusters.
+TEST_P(CudaSamplingSweep, FewRowsAreTheCpus) { Check(/*at_once=*/6); }
 
 INSTANTIATE_TEST_SUITE_P(Sweep, CudaSamplingSweep,
                          testing::Combine(testing::Values(1, 7, 80, 4097, 32000, 128256),
                                           testing::Values(Logits::kNormal, Logits::kWide,
                                                           Logits::kTies, Logits::kEqual,
                                                           Logits::kPeaked)));
+
+// Small enough for compute-sanitizer's racecheck: one row of each kernel with all its parts.
+TEST_F(CudaSamplingTest, OneRowWithEverythingIsTheCpus) {
+  for (const int64_t vocab : {300, 24577}) {
+    std::mt19937 random(9);
+    std::vector<Request> requests(1);
+    SamplingRow& row = requests[0].row;
+    row.temperature = 0.8f;
+    row.top_k = 100;
+    row.top_p = 0.9f;
+    row.min_p = 0.01f;
+    row.seed = 17;
+    row.repetition_penalty = 1.1f;
+    row.frequency_penalty = 0.2f;
+    row.num_logprobs = 5;
+    requests[0].prompt = RandomIds(50, vocab, random);
+    requests[0].output = RandomIds(20, vocab, random);
+    requests[0].banned = {1, 2};
+    ExpectCpus(requests, MakeLogits(Logits::kTies, 1, vocab, random), vocab, vocab);
+  }
+}
 
 TEST_F(CudaSamplingTest, ScoresAForcedId) {
   std::mt19937 random(3);
