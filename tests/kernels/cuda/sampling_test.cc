@@ -238,25 +238,35 @@ INSTANTIATE_TEST_SUITE_P(Sweep, CudaSamplingSweep,
                                                           Logits::kTies, Logits::kEqual,
                                                           Logits::kPeaked)));
 
-// Small enough for compute-sanitizer's racecheck: one row of each kernel with all its parts.
+// Small enough for compute-sanitizer: one row with all its parts.
+Request RequestWithEverything(int64_t vocab, std::mt19937& random) {
+  Request request;
+  request.row.temperature = 0.8f;
+  request.row.top_k = 100;
+  request.row.top_p = 0.9f;
+  request.row.min_p = 0.01f;
+  request.row.seed = 17;
+  request.row.repetition_penalty = 1.1f;
+  request.row.frequency_penalty = 0.2f;
+  request.row.num_logprobs = 5;
+  request.prompt = RandomIds(50, vocab, random);
+  request.output = RandomIds(20, vocab, random);
+  request.banned = {1, 2};
+  return request;
+}
+
 TEST_F(CudaSamplingTest, OneRowWithEverythingIsTheCpus) {
-  for (const int64_t vocab : {300, 24577}) {
-    std::mt19937 random(9);
-    std::vector<Request> requests(1);
-    SamplingRow& row = requests[0].row;
-    row.temperature = 0.8f;
-    row.top_k = 100;
-    row.top_p = 0.9f;
-    row.min_p = 0.01f;
-    row.seed = 17;
-    row.repetition_penalty = 1.1f;
-    row.frequency_penalty = 0.2f;
-    row.num_logprobs = 5;
-    requests[0].prompt = RandomIds(50, vocab, random);
-    requests[0].output = RandomIds(20, vocab, random);
-    requests[0].banned = {1, 2};
-    ExpectCpus(requests, MakeLogits(Logits::kTies, 1, vocab, random), vocab, vocab);
-  }
+  constexpr int64_t kVocab = 300;
+  std::mt19937 random(9);
+  ExpectCpus({RequestWithEverything(kVocab, random)}, MakeLogits(Logits::kTies, 1, kVocab, random),
+             kVocab, kVocab);
+}
+
+TEST_F(CudaSamplingTest, OneRowInAClusterIsTheCpus) {
+  constexpr int64_t kVocab = 24577;
+  std::mt19937 random(9);
+  ExpectCpus({RequestWithEverything(kVocab, random)}, MakeLogits(Logits::kTies, 1, kVocab, random),
+             kVocab, kVocab);
 }
 
 TEST_F(CudaSamplingTest, ScoresAForcedId) {
