@@ -1,5 +1,5 @@
-// What the two samplers share in device code: the order of candidates as integers, and how a result
-// is written. Included by .cu files only.
+// What the samplers share in device code: the order of candidates as integers, their weights, and
+// how a result is written. Included by .cu files only.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +40,61 @@ __device__ __forceinline__ uint64_t WarpMax(uint64_t value) {
   }
   return value;
 }
+
+__device__ __forceinline__ uint64_t WarpSum(uint64_t value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  return value;
+}
+
+// Sum of the lanes up to this one.
+__device__ __forceinline__ uint64_t WarpScan(uint64_t value) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const uint64_t other = __shfl_up_sync(~0u, value, step);
+    if (static_cast<int>(threadIdx.x % 32) >= step) value += other;
+  }
+  return value;
+}
+
+// The first lane whose value exceeds left; -1 for none.
+__device__ __forceinline__ int FirstAbove(uint64_t value, uint64_t left) {
+  return __ffs(static_cast<int>(__ballot_sync(~0u, value > left))) - 1;
+}
+
+constexpr float kUnit = 0x1p44f;  // Weights are counted in 1 / kUnit; 2^18 of them fit 64 bits
+
+// exp((value - highest) / temperature), at most 1, and the same in units.
+class Weighting {
+ public:
+  __device__ __forceinline__ Weighting(float highest, float temperature) {
+    highest_ = highest;
+    temperature_ = temperature;
+    reciprocal_ = __fdiv_rn(1.0f, temperature);
+    is_moderate_ = temperature > 0x1p-20f && temperature < 0x1p20f;
+  }
+
+  __device__ __forceinline__ float highest() const { return highest_; }
+  __device__ __forceinline__ float temperature() const { return temperature_; }
+
+  __device__ __forceinline__ float operator()(float value) const {
+    float distance = value - highest_;
+    if (!is_moderate_) return expf(__fdiv_rn(distance, temperature_));
+    // The quotient rounded to nearest, without what __fdiv_rn does for extremes: a guess, and a
+    // step of Newton's on its exact remainder. Beyond -3e8 the weight is 0 whatever the quotient.
+    distance = fmaxf(distance, -3e8f);
+    const float guess = __fmul_rn(distance, reciprocal_);
+    const float remainder = __fmaf_rn(-guess, temperature_, distance);
+    return expf(__fmaf_rn(remainder, reciprocal_, guess));
+  }
+  __device__ __forceinline__ uint64_t Units(float value) const {
+    return __float2ull_rn((*this)(value)*kUnit);
+  }
+
+ private:
+  float highest_, temperature_, reciprocal_;
+  bool is_moderate_;
+};
 
 // The scratch of max_rows rows, in this order; see SamplingScratchBytes.
 struct SamplingScratchView {

@@ -204,7 +204,7 @@ Request RandomRequest(int64_t row, int64_t vocab, std::mt19937& random) {
 class CudaSamplingSweep : public CudaSamplingTest,
                           public testing::WithParamInterface<std::tuple<int64_t, Logits>> {
  protected:
-  void Check() {
+  void Check(size_t at_once) {
     const auto [vocab, kind] = GetParam();
     std::mt19937 random(static_cast<unsigned>(vocab) * 5 + static_cast<unsigned>(kind));
     constexpr int64_t kRows = 8;
@@ -213,23 +213,61 @@ class CudaSamplingSweep : public CudaSamplingTest,
     std::vector<Request> requests;
     for (int i = 0; i < 150; ++i) {
       requests.push_back(RandomRequest(static_cast<int64_t>(random() % kRows), vocab, random));
+      if (requests.size() < at_once) continue;
+      ExpectCpus(requests, logits, vocab, stride);
+      if (HasFatalFailure()) return;
+      requests.clear();
     }
-    ExpectCpus(requests, logits, vocab, stride);
   }
 };
 
-TEST_P(CudaSamplingSweep, IsTheCpus) { Check(); }
+// 150 rows: a block each, with the logits in shared memory while they fit.
+TEST_P(CudaSamplingSweep, ManyRowsAreTheCpus) { Check(/*at_once=*/150); }
 
-TEST_P(CudaSamplingSweep, IsTheCpusWithoutSharedMemoryForTheRow) {
+TEST_P(CudaSamplingSweep, ManyRowsWithoutSharedMemoryAreTheCpus) {
   context_.max_shared_bytes = 0;
-  Check();
+  Check(/*at_once=*/150);
 }
+
+// Few rows: several blocks a row, where the card has clusters.
+TEST_P(CudaSamplingSweep, FewRowsAreTheCpus) { Check(/*at_once=*/6); }
 
 INSTANTIATE_TEST_SUITE_P(Sweep, CudaSamplingSweep,
                          testing::Combine(testing::Values(1, 7, 80, 4097, 32000, 128256),
                                           testing::Values(Logits::kNormal, Logits::kWide,
                                                           Logits::kTies, Logits::kEqual,
                                                           Logits::kPeaked)));
+
+// Small enough for compute-sanitizer: one row with all its parts.
+Request RequestWithEverything(int64_t vocab, std::mt19937& random) {
+  Request request;
+  request.row.temperature = 0.8f;
+  request.row.top_k = 100;
+  request.row.top_p = 0.9f;
+  request.row.min_p = 0.01f;
+  request.row.seed = 17;
+  request.row.repetition_penalty = 1.1f;
+  request.row.frequency_penalty = 0.2f;
+  request.row.num_logprobs = 5;
+  request.prompt = RandomIds(50, vocab, random);
+  request.output = RandomIds(20, vocab, random);
+  request.banned = {1, 2};
+  return request;
+}
+
+TEST_F(CudaSamplingTest, OneRowWithEverythingIsTheCpus) {
+  constexpr int64_t kVocab = 300;
+  std::mt19937 random(9);
+  ExpectCpus({RequestWithEverything(kVocab, random)}, MakeLogits(Logits::kTies, 1, kVocab, random),
+             kVocab, kVocab);
+}
+
+TEST_F(CudaSamplingTest, OneRowInAClusterIsTheCpus) {
+  constexpr int64_t kVocab = 24577;
+  std::mt19937 random(9);
+  ExpectCpus({RequestWithEverything(kVocab, random)}, MakeLogits(Logits::kTies, 1, kVocab, random),
+             kVocab, kVocab);
+}
 
 TEST_F(CudaSamplingTest, ScoresAForcedId) {
   std::mt19937 random(3);
