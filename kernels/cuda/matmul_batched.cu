@@ -43,33 +43,65 @@ __host__ __device__ constexpr StageLayout LayoutOf(int record_bytes) {
 }
 constexpr int ExchangeBytes(int token_tiles) { return kRowWarps * token_tiles * 4 * 32 * 4; }
 
-__device__ void StartRecords(const WeightParams& w, int64_t unit, uint8_t* stage) {
-  const int row_block = static_cast<int>(unit / w.records);
-  const int record = static_cast<int>(unit - int64_t{row_block} * w.records);
-  const int pieces = w.record_bytes / 16;
-  for (int i = threadIdx.x; i < kTiles * pieces; i += kThreads) {
-    const int slot = i / pieces, piece = i - slot * pieces;
-    const int tile = min(row_block * kTiles + slot, w.tiles - 1);
-    CopyAsync16(stage + slot * w.record_bytes + piece * 16,
-                static_cast<const uint8_t*>(w.data) +
-                    (int64_t{tile} * w.records + record) * w.record_bytes + piece * 16);
-  }
-}
-
+// Copies the units of a block in order: warp i the record of tile i, each thread its pieces of x.
 template <typename T, QuantFormat kFormat, int kTokenTiles>
-__device__ void StartX(const InputParams& in, const WeightParams& w, int64_t unit, uint8_t* x) {
-  constexpr int kColumns = RecordColumns(kFormat);
-  constexpr int kPieces = kColumns / 8;
-  constexpr int kRowBytes = kColumns * 2 + 64;
-  const int first_column = static_cast<int>(unit % w.records) * kColumns;
-  for (int i = threadIdx.x; i < kTokenTiles * 8 * kPieces; i += kThreads) {
-    const int token = i / kPieces, piece = i % kPieces;
-    const int column = first_column + piece * 8;
-    const int bytes = token < in.rows ? max(0, min(16, (w.k - column) * 2)) : 0;
-    const T* source = static_cast<const T*>(in.x) + (bytes > 0 ? token * in.stride + column : 0);
-    CopyAsync16(x + token * kRowBytes + piece * 16, source, bytes);
+class Producer {
+ public:
+  static constexpr int kColumns = RecordColumns(kFormat);
+  static constexpr int kPieces = kColumns / 8;  // Of a row of x
+  static constexpr int kRowBytes = kColumns * 2 + 64;
+  static constexpr int kRowsAtOnce = kThreads / kPieces;
+
+  __device__ __forceinline__ Producer(const MatMulParams& p, int row_block, int record)
+      : p_(p), row_block_(row_block), record_(record), x_record_(record) {
+    Seek();
   }
-}
+
+  __device__ __forceinline__ void StartRecord(uint8_t* stage) {
+    const int lane = threadIdx.x % 32;
+    uint8_t* slot = stage + threadIdx.x / 32 * p_.w.record_bytes + lane * 16;
+    CopyAsync16(slot, source_);
+    CopyAsync16(slot + 512, source_ + 512);
+    if (lane * 16 < p_.w.record_bytes - kRecordCodeBytes) {
+      CopyAsync16(slot + kRecordCodeBytes, source_ + kRecordCodeBytes);
+    }
+    source_ += p_.w.record_bytes;
+    if (++record_ == p_.w.records) {
+      record_ = 0;
+      ++row_block_;
+      Seek();
+    }
+  }
+
+  __device__ __forceinline__ void StartX(uint8_t* x) {
+    const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
+    const int column = x_record_ * kColumns + piece * 8;
+    const int in_row = max(0, min(16, (p_.w.k - column) * 2));
+    const T* source =
+        static_cast<const T*>(p_.in.x) + first * p_.in.stride + (in_row > 0 ? column : 0);
+    uint8_t* to = x + first * kRowBytes + piece * 16;
+#pragma unroll
+    for (int row = 0; row < kTokenTiles * 8; row += kRowsAtOnce) {
+      if (first + row < kTokenTiles * 8) {
+        const bool there = first + row < p_.in.rows;
+        CopyAsync16(to + row * kRowBytes, there ? source + row * p_.in.stride : p_.in.x,
+                    there ? in_row : 0);
+      }
+    }
+    if (++x_record_ == p_.w.records) x_record_ = 0;
+  }
+
+ private:
+  __device__ __forceinline__ void Seek() {
+    const int tile = min(row_block_ * kTiles + static_cast<int>(threadIdx.x) / 32, p_.w.tiles - 1);
+    source_ = static_cast<const uint8_t*>(p_.w.data) + threadIdx.x % 32 * 16 +
+              (int64_t{tile} * p_.w.records + record_) * p_.w.record_bytes;
+  }
+
+  const MatMulParams& p_;
+  const uint8_t* source_;
+  int row_block_, record_, x_record_;
+};
 
 __device__ __forceinline__ void WaitForStage(int stages) {
   if (stages == 2) {
@@ -94,7 +126,7 @@ __device__ __forceinline__ void MultiplyStage(const WeightParams& w, const uint8
   const int lane = threadIdx.x % 32;
   const uint8_t* records[2] = {stage + (2 * row_warp) * w.record_bytes,
                                stage + (2 * row_warp + 1) * w.record_bytes};
-  Fragment<T, kFormat> codes[2];
+  Fragment<T, kFormat, /*kScaled=*/true> codes[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) codes[i].LoadHalf(records[i], lane, k_warp);
   const uint8_t* x = stage + kTiles * w.record_bytes + lane / 4 * kRowBytes + lane % 4 * 16 +
@@ -274,40 +306,41 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t end = division.Begin(static_cast<int>(blockIdx.x) + 1);
 
   LetNextStart();
-  for (int i = 0; i < stages - 1; ++i) {
-    if (begin + i < end) StartRecords(p.w, begin + i, ring + i * layout.bytes);
-  }
+  int row_block = static_cast<int>(begin / p.w.records);
+  int record = static_cast<int>(begin - int64_t{row_block} * p.w.records);
+  const int units = static_cast<int>(end - begin);
+  Producer<T, kFormat, kTokenTiles> producer(p, row_block, record);
+  for (int i = 0; i < stages - 1 && i < units; ++i) producer.StartRecord(ring + i * layout.bytes);
   if constexpr (kFormat == QuantFormat::kTable4) FillPairTable<T>(p.w.table, pair_table);
   WaitForPrevious();
   for (int i = 0; i < stages - 1; ++i) {
-    if (begin + i < end) {
-      StartX<T, kFormat, kTokenTiles>(p.in, p.w, begin + i,
-                                      ring + i * layout.bytes + layout.x_offset);
-    }
+    if (i < units) producer.StartX(ring + i * layout.bytes + layout.x_offset);
     CommitCopies();
   }
 
   Accumulators<kTokenTiles> acc = {};
   int64_t stretch = begin;
   int slot = 0;
-  for (int64_t unit = begin; unit < end; ++unit) {
+  for (int unit = 0; unit < units; ++unit) {
     WaitForStage(stages);
     __syncthreads();
-    const int64_t next = unit + stages - 1;
-    if (next < end) {
+    if (unit + stages - 1 < units) {
       uint8_t* stage = ring + (slot == 0 ? stages - 1 : slot - 1) * layout.bytes;
-      StartRecords(p.w, next, stage);
-      StartX<T, kFormat, kTokenTiles>(p.in, p.w, next, stage + layout.x_offset);
+      producer.StartRecord(stage);
+      producer.StartX(stage + layout.x_offset);
     }
     CommitCopies();
     MultiplyStage<T, kFormat, kTokenTiles>(p.w, ring + slot * layout.bytes, pair_table, row_warp,
                                            k_warp, acc);
     slot = slot + 1 == stages ? 0 : slot + 1;
-    if (unit + 1 == end || (unit + 1) % p.w.records == 0) {
+    if (++record == p.w.records || unit + 1 == units) {
       JoinHalves<kTokenTiles>(acc, exchange, row_warp, k_warp);
-      EndStretch<T, kTokenTiles>(p, division, static_cast<int>(unit / p.w.records), stretch,
-                                 unit + 1, partials, arrived, &ticket, exchange, acc);
-      stretch = unit + 1;
+      const int64_t stretch_end = begin + unit + 1;
+      EndStretch<T, kTokenTiles>(p, division, row_block, stretch, stretch_end, partials, arrived,
+                                 &ticket, exchange, acc);
+      stretch = stretch_end;
+      ++row_block;
+      record = 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll

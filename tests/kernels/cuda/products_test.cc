@@ -363,7 +363,7 @@ TEST_P(ProductsTest, HeadTakesTheChosenRows) {
 }
 
 TEST_P(ProductsTest, EmbeddingRows) {
-  if (GetParam().has_perm) GTEST_SKIP() << "no embedding has a permutation";
+  if (GetParam().has_perm) return;  // No embedding has a permutation
   constexpr int64_t kN = 100, kK = 200, kRows = 5;
   QuantizedMatrix w = random_.Matrix(Spec(kN, kK));
   std::vector<QuantizedMatrix> stack;
