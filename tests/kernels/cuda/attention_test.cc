@@ -425,13 +425,14 @@ TEST_F(CudaAttention, TurnsPartOfAHeadOrNothing) {
   }
 }
 
-// From one row, whose keys are cut into as many parts as there may be, to more rows than parts.
+// From one row, whose keys are cut into as many parts as there may be, to more rows than blocks.
 TEST_F(CudaAttention, AnyNumberOfRows) {
-  for (const int rows : {1, 2, 7, 40, 150}) {
+  for (const int rows : {1, 2, 7, 40, 150, 900}) {
     SCOPED_TRACE(rows);
     const AttentionShape shape = {8, 4, 64, 16, 0.125f, DType::kF16};
     std::vector<Rows> sequences;
-    for (int i = 0; i < rows; ++i) sequences.push_back({(i * 37 + 3000 / rows) % 3001, 1});
+    for (int i = 0; i < rows; ++i)
+      sequences.push_back({(i * 37 + 3000 / rows) % (rows < 200 ? 3001 : 101), 1});
     const Step step = MakeStep(shape, sequences, 0, rows);
     DeviceRun run(step);
     run.Rope();
