@@ -10,8 +10,9 @@
 // tiles come from the cache but for the newest key, which is taken from qkv; so the cache is read
 // before the kernel that makes qkv has ended.
 //
-// The parts of a row merge through scratch: the last block of a row to finish (a counter tells)
-// adds them up in order of the keys. Which block takes an item changes no bit.
+// The parts of a row merge in order of the keys. Where they are few and the card has clusters, their
+// blocks are one, and the first reads the others' shared memory; else they go through scratch, and
+// the last block to finish (a counter tells) adds them up. Which block takes an item changes no bit.
 #include <algorithm>
 
 #include "kernels/cuda/attention_device.h"
@@ -23,7 +24,7 @@ constexpr int kTileKeys = 16;
 constexpr int kHeads = 8;  // Query heads of a block
 constexpr int kMaxSplits = 64;
 constexpr int kBlocksPerSm = 2;  // Parts are made for so many
-constexpr int kMaxWaves = 4;     // Parts of cut rows are at most so many for each of these blocks
+constexpr int kMaxCluster = 8;   // Blocks of a cluster that every card with clusters has
 constexpr int kMinTiles = 4;     // Fewer tiles are not worth a part
 constexpr float kLowest = -1e30f;
 
@@ -43,6 +44,7 @@ struct DecodeParams {
   int items;    // Rows x units x splits
   float scale;  // Times log2(e)
   NewKeys new_keys;
+  bool clusters;  // The blocks of a unit are a cluster, and each has one item
 
   __device__ int units() const { return num_kv_heads * chunks; }
 };
@@ -247,6 +249,9 @@ __device__ __forceinline__ Four<T> LoadTurned(const T* head, int d, const float*
   return out;
 }
 
+// Floats of one part: see DecodeParams::partials.
+__host__ __device__ constexpr int PartFloats(int head_dim) { return kHeads * (head_dim + 2); }
+
 // What the warps of a block share.
 template <typename T, int kHeadDim, int kWarps>
 struct BlockState {
@@ -256,7 +261,8 @@ struct BlockState {
   float sum[kWarps][kHeads];
   const float* outputs[kWarps];  // [kHeads, head_dim + 4], null from a warp without tiles
   float weights[kHeads][kMaxSplits];
-  int next;  // Item after the next
+  alignas(16) float part[PartFloats(kHeadDim)];  // For the cluster
+  int next;                                      // Item after the next
   bool last;
 };
 
@@ -302,9 +308,6 @@ __device__ __forceinline__ void LoadQuery(const T (*q)[kHeadDim + 8],
   }
 }
 
-// Floats of one part: see DecodeParams::partials.
-__host__ __device__ constexpr int PartFloats(int head_dim) { return kHeads * (head_dim + 2); }
-
 template <typename T>
 __device__ __forceinline__ void StoreFour(T* out, float4 values) {
   *reinterpret_cast<uint2*>(out) = {Pack<T>(values.x, values.y), Pack<T>(values.z, values.w)};
@@ -316,19 +319,64 @@ __device__ __forceinline__ void AddScaled(float4* sum, float weight, float4 valu
   sum->w += weight * values.w;
 }
 
-// weights[head][s]: what part s of a row counts for.
+// The parts of a unit, in scratch.
 template <int kHeadDim>
-__device__ __forceinline__ void WeighParts(const float* parts, int splits, int head,
+struct ScratchParts {
+  const float* first;
+
+  // Vector at float `offset` of part s.
+  template <typename Vector>
+  __device__ __forceinline__ Vector Load(int s, int offset) const {
+    return __ldcg(reinterpret_cast<const Vector*>(first + s * PartFloats(kHeadDim) + offset));
+  }
+};
+
+// The parts of a unit, one in each block of the cluster, at the same address.
+struct ClusterParts {
+  uint32_t shared;
+
+  template <typename Vector>
+  __device__ __forceinline__ Vector Load(int s, int offset) const {
+    Vector vector = {};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    uint32_t address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(s));
+    address += offset * 4;
+    if constexpr (sizeof(Vector) == 16) {
+      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(vector.x), "=f"(vector.y), "=f"(vector.z), "=f"(vector.w)
+                   : "r"(address)
+                   : "memory");
+    } else {
+      asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+                   : "=f"(vector.x), "=f"(vector.y)
+                   : "r"(address)
+                   : "memory");
+    }
+#endif
+    return vector;
+  }
+};
+
+// Every thread of the cluster comes here before any goes on.
+__device__ __forceinline__ void MeetCluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// weights[s]: what part s of a row counts for.
+template <int kHeadDim, typename Parts>
+__device__ __forceinline__ void WeighParts(const Parts& parts, int splits, int head,
                                            float* weights) {
-  constexpr int kPart = PartFloats(kHeadDim);
-  const float* first = parts + kHeads * kHeadDim + 2 * head;
   float max[kMaxSplits / 32], sum[kMaxSplits / 32];
   float highest = kLowest;
 #pragma unroll
   for (int i = 0; i < kMaxSplits / 32; ++i) {
     const int s = threadIdx.x % 32 + 32 * i;
     float2 both = {kLowest, 0.0f};
-    if (s < splits) both = __ldcg(reinterpret_cast<const float2*>(first + s * kPart));
+    if (s < splits) both = parts.template Load<float2>(s, kHeads * kHeadDim + 2 * head);
     max[i] = both.x;
     sum[i] = both.y;
     highest = fmaxf(highest, both.x);
@@ -351,20 +399,18 @@ __device__ __forceinline__ void WeighParts(const float* parts, int splits, int h
   }
 }
 
-// Adds up the parts of a row; `parts` is the first.
-template <typename T, int kHeadDim, int kThreads>
-__device__ __forceinline__ void MergeParts(const float* parts, int splits, int heads,
+// Adds up the parts of a row.
+template <typename T, int kHeadDim, int kThreads, typename Parts>
+__device__ __forceinline__ void MergeParts(const Parts& parts, int splits, int heads,
                                            float (*weights)[kMaxSplits], T* out) {
   constexpr int kBatch = 8;  // Loads in flight
-  constexpr int kPart = PartFloats(kHeadDim);
-  const auto load = [&](int s, int e) {
-    return __ldcg(reinterpret_cast<const float4*>(parts + s * kPart + 4 * e));
-  };
   const int count = heads * kHeadDim / 4;
   float4 values[kBatch];
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    if (i < splits && threadIdx.x < count) values[i] = load(i, threadIdx.x);
+    if (i < splits && threadIdx.x < count) {
+      values[i] = parts.template Load<float4>(i, 4 * threadIdx.x);
+    }
   }
   for (int head = threadIdx.x / 32; head < heads; head += kThreads / 32) {
     WeighParts<kHeadDim>(parts, splits, head, weights[head]);
@@ -377,7 +423,7 @@ __device__ __forceinline__ void MergeParts(const float* parts, int splits, int h
       if (e != threadIdx.x || first > 0) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (first + i < splits) values[i] = load(first + i, e);
+          if (first + i < splits) values[i] = parts.template Load<float4>(first + i, 4 * e);
         }
       }
 #pragma unroll
@@ -460,11 +506,23 @@ __device__ __forceinline__ void FinishItem(const DecodeParams& p, int item,
            static_cast<int64_t>(work.kv_head * p.group + work.first_head) * kHeadDim;
   const int unit = item / p.splits;
   float* parts = p.partials + static_cast<int64_t>(unit) * p.splits * PartFloats(kHeadDim);
-  const bool cut = work.splits > 1;
+  float* part = nullptr;
+  if (work.splits > 1) {
+    part = p.clusters ? state->part : parts + work.split * PartFloats(kHeadDim);
+  }
   __syncthreads();
-  CombineWarps(*state, heads, out, cut ? parts + work.split * PartFloats(kHeadDim) : nullptr);
+  CombineWarps(*state, heads, out, part);
+  if (p.clusters) {
+    MeetCluster();
+    if (part != nullptr && work.split == 0) {
+      MergeParts<T, kHeadDim, kWarps * 32>(ClusterParts{SharedAddress(state->part)}, work.splits,
+                                           heads, state->weights, out);
+    }
+    MeetCluster();
+    return;
+  }
   __syncthreads();
-  if (!cut) return;
+  if (part == nullptr) return;
   if (threadIdx.x == 0) {
     __threadfence();
     state->last = atomicAdd(p.arrived + unit, 1) == work.splits - 1;
@@ -473,7 +531,8 @@ __device__ __forceinline__ void FinishItem(const DecodeParams& p, int item,
   }
   __syncthreads();
   if (state->last) {
-    MergeParts<T, kHeadDim, kWarps * 32>(parts, work.splits, heads, state->weights, out);
+    MergeParts<T, kHeadDim, kWarps * 32>(ScratchParts<kHeadDim>{parts}, work.splits, heads,
+                                         state->weights, out);
   }
 }
 
@@ -568,6 +627,10 @@ __global__ void __launch_bounds__(kWarps * 32, 2) DecodeKernel(const DecodeParam
     } else {
       if (work.position < 0 && work.split == 0) WriteZeros<T, kHeadDim>(p, work);
       __syncthreads();
+      if (p.clusters) {  // The two meetings of FinishItem
+        MeetCluster();
+        MeetCluster();
+      }
     }
     // A short item had no time to start these.
     const int missing = min(kStages - 1 - work.count, next.count);
@@ -592,40 +655,43 @@ int Chunks(const AttentionShape& shape) {
   return (shape.num_heads / shape.num_kv_heads + kHeads - 1) / kHeads;
 }
 
-// Parts that fit into scratch. More than one a unit only while all together are no more.
-int64_t MaxParts(int num_sms) { return static_cast<int64_t>(kMaxWaves) * kBlocksPerSm * num_sms; }
+// Parts that there are at most while rows are cut.
+int64_t MaxParts(int num_sms) { return static_cast<int64_t>(kBlocksPerSm) * num_sms; }
 constexpr int kQueueInts = 4;
 
-// Into how many parts keys are cut: as many as give every block one, or so many that the blocks get
-// about the same.
-int ChooseSplits(int64_t units, int num_sms) {
-  const int64_t blocks = static_cast<int64_t>(kBlocksPerSm) * num_sms;
-  const int64_t least = std::clamp<int64_t>(blocks / units, 1, kMaxSplits);
-  int64_t best = least;
-  double best_use = 0.0;
-  for (int64_t splits = least; splits <= kMaxSplits; ++splits) {
-    if (splits > 1 && splits * units > MaxParts(num_sms)) break;
-    const int64_t waves = (splits * units + blocks - 1) / blocks;
-    const double use = static_cast<double>(splits * units) / static_cast<double>(waves * blocks);
-    if (use > best_use + 0.04) {
-      best = splits;
-      best_use = use;
-    }
-    if (use > 0.9) break;
-  }
-  return static_cast<int>(best);
+void LaunchClusters(const LaunchContext& context, void (*kernel)(DecodeParams), int threads,
+                    int shared_bytes, const DecodeParams& params) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(params.splits), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(params.items);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = context.stream;
+  config.attrs = attributes;
+  config.numAttrs = context.dependent_launch ? 2 : 1;
+  SLUICE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
 }
 
 template <typename T, int kHeadDim, int kWarps, int kStages>
-void LaunchDecode(const LaunchContext& context, const DecodeParams& params) {
+void LaunchDecode(const LaunchContext& context, DecodeParams params) {
   constexpr int kShared = kWarps * kStages * TileShape<kHeadDim>::kStageBytes;
+  constexpr int kThreads = kWarps * 32;
   auto* kernel = &DecodeKernel<T, kHeadDim, kWarps, kStages>;
   AllowShared(kernel, kShared);
   int blocks_per_sm = 0;
+  cudaFuncAttributes attributes;
   SLUICE_CUDA_CHECK(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, kWarps * 32, kShared));
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, kThreads, kShared));
+  SLUICE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  params.clusters =
+      params.splits > 1 && params.splits <= kMaxCluster && attributes.ptxVersion >= 90;
+  if (params.clusters) return LaunchClusters(context, kernel, kThreads, kShared, params);
   const int blocks = std::min(params.items, std::max(1, blocks_per_sm) * context.num_sms);
-  Launch(context, kernel, dim3(blocks), dim3(kWarps * 32), kShared, params);
+  Launch(context, kernel, dim3(blocks), dim3(kThreads), kShared, params);
 }
 
 }  // namespace
@@ -665,7 +731,8 @@ void DecodeAttention(const LaunchContext& context, const DeviceStep& step,
   params.new_keys = new_keys;
   const int64_t units =
       static_cast<int64_t>(shape.num_kv_heads) * params.chunks * step.num_decode_rows;
-  params.splits = ChooseSplits(units, context.num_sms);
+  params.splits =
+      static_cast<int>(std::clamp<int64_t>(MaxParts(context.num_sms) / units, 1, kMaxSplits));
   params.items = static_cast<int>(units * params.splits);
   ForShape(shape, [&]<typename T, int kHeadDim>() {
     if constexpr (kHeadDim == 256) {

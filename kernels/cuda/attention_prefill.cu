@@ -11,8 +11,6 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kRows = kPrefillTileRows;
-constexpr int kPairBuffers = 2;
-constexpr int kSingleBuffers = 1;
 constexpr float kLowest = -1e30f;
 static_assert(kRows == 16 * kWarps);
 
@@ -310,16 +308,22 @@ void PrefillAttention(const LaunchContext& context, const DeviceStep& step,
   params.block_size = shape.block_size;
   params.group = shape.num_heads / shape.num_kv_heads;
   params.scale = shape.scale * kLog2E;
+  const int64_t blocks = static_cast<int64_t>(step.num_prefill_tiles) * shape.num_heads;
+  const int64_t few = 2 * context.num_sms;
+  // The bits are the same with any number of heads and buffers.
   ForShape(shape, [&]<typename T, int kHeadDim>() {
+    const auto fits = [&](int heads, int buffers) {
+      return Layout<kHeadDim>::Shared(heads, buffers) <= context.max_shared_bytes;
+    };
     if constexpr (kHeadDim <= 128) {
-      // Pairs of heads, where they leave two blocks for every SM; the bits are the same.
-      const int64_t pairs = static_cast<int64_t>(step.num_prefill_tiles) * shape.num_heads / 2;
-      if (params.group % 2 == 0 && pairs >= 2 * context.num_sms &&
-          Layout<kHeadDim>::Shared(2, kPairBuffers) <= context.max_shared_bytes) {
-        return LaunchPrefill<T, kHeadDim, 2, kPairBuffers>(context, params, shape.num_heads);
+      if (params.group % 2 == 0 && blocks / 2 >= few && fits(2, 2)) {
+        return LaunchPrefill<T, kHeadDim, 2, 2>(context, params, shape.num_heads);
+      }
+      if (blocks <= few && fits(1, 2)) {
+        return LaunchPrefill<T, kHeadDim, 1, 2>(context, params, shape.num_heads);
       }
     }
-    LaunchPrefill<T, kHeadDim, 1, kSingleBuffers>(context, params, shape.num_heads);
+    LaunchPrefill<T, kHeadDim, 1, 1>(context, params, shape.num_heads);
   });
 }
 
