@@ -10,9 +10,8 @@
 // tiles come from the cache but for the newest key, which is taken from qkv; so the cache is read
 // before the kernel that makes qkv has ended.
 //
-// The parts of a row merge in order of the keys. Where they are few and the card has clusters, their
-// blocks are one, and the first reads the others' shared memory; else they go through scratch, and
-// the last block to finish (a counter tells) adds them up. Which block takes an item changes no bit.
+// The parts of a row merge through scratch: the last block of a row to finish (a counter tells)
+// adds them up in order of the keys. Which block takes an item changes no bit.
 #include <algorithm>
 
 #include "kernels/cuda/attention_device.h"
@@ -24,7 +23,6 @@ constexpr int kTileKeys = 16;
 constexpr int kHeads = 8;  // Query heads of a block
 constexpr int kMaxSplits = 64;
 constexpr int kBlocksPerSm = 2;  // Parts are made for so many
-constexpr int kMaxCluster = 8;   // Blocks of a cluster that every card with clusters has
 constexpr int kMinTiles = 4;     // Fewer tiles are not worth a part
 constexpr float kLowest = -1e30f;
 
@@ -44,7 +42,6 @@ struct DecodeParams {
   int items;    // Rows x units x splits
   float scale;  // Times log2(e)
   NewKeys new_keys;
-  bool clusters;  // The blocks of a unit are a cluster, and each has one item
 
   __device__ int units() const { return num_kv_heads * chunks; }
 };
@@ -249,9 +246,6 @@ __device__ __forceinline__ Four<T> LoadTurned(const T* head, int d, const float*
   return out;
 }
 
-// Floats of one part: see DecodeParams::partials.
-__host__ __device__ constexpr int PartFloats(int head_dim) { return kHeads * (head_dim + 2); }
-
 // What the warps of a block share.
 template <typename T, int kHeadDim, int kWarps>
 struct BlockState {
@@ -261,8 +255,7 @@ struct BlockState {
   float sum[kWarps][kHeads];
   const float* outputs[kWarps];  // [kHeads, head_dim + 4], null from a warp without tiles
   float weights[kHeads][kMaxSplits];
-  alignas(16) float part[PartFloats(kHeadDim)];  // For the cluster
-  int next;                                      // Item after the next
+  int next;  // Item after the next
   bool last;
 };
 
@@ -308,6 +301,9 @@ __device__ __forceinline__ void LoadQuery(const T (*q)[kHeadDim + 8],
   }
 }
 
+// Floats of one part: see DecodeParams::partials.
+__host__ __device__ constexpr int PartFloats(int head_dim) { return kHeads * (head_dim + 2); }
+
 template <typename T>
 __device__ __forceinline__ void StoreFour(T* out, float4 values) {
   *reinterpret_cast<uint2*>(out) = {Pack<T>(values.x, values.y), Pack<T>(values.z, values.w)};
@@ -319,64 +315,19 @@ __device__ __forceinline__ void AddScaled(float4* sum, float weight, float4 valu
   sum->w += weight * values.w;
 }
 
-// The parts of a unit, in scratch.
+// weights[head][s]: what part s of a row counts for.
 template <int kHeadDim>
-struct ScratchParts {
-  const float* first;
-
-  // Vector at float `offset` of part s.
-  template <typename Vector>
-  __device__ __forceinline__ Vector Load(int s, int offset) const {
-    return __ldcg(reinterpret_cast<const Vector*>(first + s * PartFloats(kHeadDim) + offset));
-  }
-};
-
-// The parts of a unit, one in each block of the cluster, at the same address.
-struct ClusterParts {
-  uint32_t shared;
-
-  template <typename Vector>
-  __device__ __forceinline__ Vector Load(int s, int offset) const {
-    Vector vector = {};
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    uint32_t address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(s));
-    address += offset * 4;
-    if constexpr (sizeof(Vector) == 16) {
-      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(vector.x), "=f"(vector.y), "=f"(vector.z), "=f"(vector.w)
-                   : "r"(address)
-                   : "memory");
-    } else {
-      asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
-                   : "=f"(vector.x), "=f"(vector.y)
-                   : "r"(address)
-                   : "memory");
-    }
-#endif
-    return vector;
-  }
-};
-
-// Every thread of the cluster comes here before any goes on.
-__device__ __forceinline__ void MeetCluster() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// weights[s]: what part s of a row counts for.
-template <int kHeadDim, typename Parts>
-__device__ __forceinline__ void WeighParts(const Parts& parts, int splits, int head,
+__device__ __forceinline__ void WeighParts(const float* parts, int splits, int head,
                                            float* weights) {
+  constexpr int kPart = PartFloats(kHeadDim);
+  const float* first = parts + kHeads * kHeadDim + 2 * head;
   float max[kMaxSplits / 32], sum[kMaxSplits / 32];
   float highest = kLowest;
 #pragma unroll
   for (int i = 0; i < kMaxSplits / 32; ++i) {
     const int s = threadIdx.x % 32 + 32 * i;
     float2 both = {kLowest, 0.0f};
-    if (s < splits) both = parts.template Load<float2>(s, kHeads * kHeadDim + 2 * head);
+    if (s < splits) both = __ldcg(reinterpret_cast<const float2*>(first + s * kPart));
     max[i] = both.x;
     sum[i] = both.y;
     highest = fmaxf(highest, both.x);
@@ -399,18 +350,20 @@ __device__ __forceinline__ void WeighParts(const Parts& parts, int splits, int h
   }
 }
 
-// Adds up the parts of a row.
-template <typename T, int kHeadDim, int kThreads, typename Parts>
-__device__ __forceinline__ void MergeParts(const Parts& parts, int splits, int heads,
+// Adds up the parts of a row; `parts` is the first.
+template <typename T, int kHeadDim, int kThreads>
+__device__ __forceinline__ void MergeParts(const float* parts, int splits, int heads,
                                            float (*weights)[kMaxSplits], T* out) {
   constexpr int kBatch = 8;  // Loads in flight
+  constexpr int kPart = PartFloats(kHeadDim);
+  const auto load = [&](int s, int e) {
+    return __ldcg(reinterpret_cast<const float4*>(parts + s * kPart + 4 * e));
+  };
   const int count = heads * kHeadDim / 4;
   float4 values[kBatch];
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    if (i < splits && threadIdx.x < count) {
-      values[i] = parts.template Load<float4>(i, 4 * threadIdx.x);
-    }
+    if (i < splits && threadIdx.x < count) values[i] = load(i, threadIdx.x);
   }
   for (int head = threadIdx.x / 32; head < heads; head += kThreads / 32) {
     WeighParts<kHeadDim>(parts, splits, head, weights[head]);
@@ -423,7 +376,7 @@ __device__ __forceinline__ void MergeParts(const Parts& parts, int splits, int h
       if (e != threadIdx.x || first > 0) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (first + i < splits) values[i] = parts.template Load<float4>(first + i, 4 * e);
+          if (first + i < splits) values[i] = load(first + i, e);
         }
       }
 #pragma unroll
@@ -495,6 +448,16 @@ __device__ __forceinline__ void CombineWarps(const BlockState<T, kHeadDim, kWarp
   }
 }
 
+// Adds one. What the block wrote before its barrier can be read by whoever finds the sum.
+__device__ __forceinline__ int AddInOrder(int32_t* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+
 // The end of an item, from the warps' results on. Every warp may go on filling its ring except for
 // the stage that its result is in, until this returns.
 template <typename T, int kHeadDim, int kWarps>
@@ -506,33 +469,18 @@ __device__ __forceinline__ void FinishItem(const DecodeParams& p, int item,
            static_cast<int64_t>(work.kv_head * p.group + work.first_head) * kHeadDim;
   const int unit = item / p.splits;
   float* parts = p.partials + static_cast<int64_t>(unit) * p.splits * PartFloats(kHeadDim);
-  float* part = nullptr;
-  if (work.splits > 1) {
-    part = p.clusters ? state->part : parts + work.split * PartFloats(kHeadDim);
-  }
+  const bool cut = work.splits > 1;
   __syncthreads();
-  CombineWarps(*state, heads, out, part);
-  if (p.clusters) {
-    MeetCluster();
-    if (part != nullptr && work.split == 0) {
-      MergeParts<T, kHeadDim, kWarps * 32>(ClusterParts{SharedAddress(state->part)}, work.splits,
-                                           heads, state->weights, out);
-    }
-    MeetCluster();
-    return;
-  }
+  CombineWarps(*state, heads, out, cut ? parts + work.split * PartFloats(kHeadDim) : nullptr);
   __syncthreads();
-  if (part == nullptr) return;
+  if (!cut) return;
   if (threadIdx.x == 0) {
-    __threadfence();
-    state->last = atomicAdd(p.arrived + unit, 1) == work.splits - 1;
-    __threadfence();
+    state->last = AddInOrder(p.arrived + unit) == work.splits - 1;
     if (state->last) p.arrived[unit] = 0;
   }
   __syncthreads();
   if (state->last) {
-    MergeParts<T, kHeadDim, kWarps * 32>(ScratchParts<kHeadDim>{parts}, work.splits, heads,
-                                         state->weights, out);
+    MergeParts<T, kHeadDim, kWarps * 32>(parts, work.splits, heads, state->weights, out);
   }
 }
 
@@ -627,10 +575,6 @@ __global__ void __launch_bounds__(kWarps * 32, 2) DecodeKernel(const DecodeParam
     } else {
       if (work.position < 0 && work.split == 0) WriteZeros<T, kHeadDim>(p, work);
       __syncthreads();
-      if (p.clusters) {  // The two meetings of FinishItem
-        MeetCluster();
-        MeetCluster();
-      }
     }
     // A short item had no time to start these.
     const int missing = min(kStages - 1 - work.count, next.count);
@@ -655,43 +599,21 @@ int Chunks(const AttentionShape& shape) {
   return (shape.num_heads / shape.num_kv_heads + kHeads - 1) / kHeads;
 }
 
-// Parts that there are at most while rows are cut.
+// Rows are cut only while all parts together are no more than this: a block that has several items
+// does better without the way through scratch.
 int64_t MaxParts(int num_sms) { return static_cast<int64_t>(kBlocksPerSm) * num_sms; }
 constexpr int kQueueInts = 4;
 
-void LaunchClusters(const LaunchContext& context, void (*kernel)(DecodeParams), int threads,
-                    int shared_bytes, const DecodeParams& params) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(params.splits), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(params.items);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = context.stream;
-  config.attrs = attributes;
-  config.numAttrs = context.dependent_launch ? 2 : 1;
-  SLUICE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
-}
-
 template <typename T, int kHeadDim, int kWarps, int kStages>
-void LaunchDecode(const LaunchContext& context, DecodeParams params) {
+void LaunchDecode(const LaunchContext& context, const DecodeParams& params) {
   constexpr int kShared = kWarps * kStages * TileShape<kHeadDim>::kStageBytes;
-  constexpr int kThreads = kWarps * 32;
   auto* kernel = &DecodeKernel<T, kHeadDim, kWarps, kStages>;
   AllowShared(kernel, kShared);
   int blocks_per_sm = 0;
-  cudaFuncAttributes attributes;
   SLUICE_CUDA_CHECK(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, kThreads, kShared));
-  SLUICE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  params.clusters =
-      params.splits > 1 && params.splits <= kMaxCluster && attributes.ptxVersion >= 90;
-  if (params.clusters) return LaunchClusters(context, kernel, kThreads, kShared, params);
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, kWarps * 32, kShared));
   const int blocks = std::min(params.items, std::max(1, blocks_per_sm) * context.num_sms);
-  Launch(context, kernel, dim3(blocks), dim3(kThreads), kShared, params);
+  Launch(context, kernel, dim3(blocks), dim3(kWarps * 32), kShared, params);
 }
 
 }  // namespace
