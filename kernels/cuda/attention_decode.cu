@@ -1,16 +1,17 @@
-// Flash decode. A block takes one part of the keys of one row and one KV head, and of its query
-// heads up to eight. Each warp owns every kWarps-th tile of 16 keys and a ring of tiles in shared
-// memory that it fills itself, so that nothing waits for another warp before the end.
+// Flash decode. An item is one part of the keys of one row and one KV head, with up to eight of its
+// query heads. Each warp of a block owns every kWarps-th tile of 16 keys and a ring of tiles in
+// shared memory that it fills itself, so that nothing waits for another warp before the item's end.
 //
 //   S [8 heads, 16 keys] = Q K^T:  mma with Q as the 16-row operand, of which 8 rows exist
 //   O^T [head_dim, 8 heads] += V^T P^T:  V^T as the 16-row operand, so no row is wasted; the
 //   accumulator of S is, packed, already the fragment that P^T has to be
 //
-// The tiles come from the cache but for the newest key, which is taken from qkv; so the cache is
-// read before the kernel that makes qkv has ended.
+// Blocks stay and take item after item; while one ends, the tiles of the next are on their way. The
+// tiles come from the cache but for the newest key, which is taken from qkv; so the cache is read
+// before the kernel that makes qkv has ended.
 //
 // The parts of a row merge through scratch: the last block of a row to finish (a counter tells)
-// adds them up in order of the keys.
+// adds them up in order of the keys. Which block takes an item changes no bit.
 #include <algorithm>
 
 #include "kernels/cuda/attention_device.h"
@@ -21,7 +22,7 @@ namespace {
 constexpr int kTileKeys = 16;
 constexpr int kHeads = 8;  // Query heads of a block
 constexpr int kMaxSplits = 64;
-constexpr int kBlocksPerSm = 4;  // As many parts are made as keep so many blocks on each SM busy
+constexpr int kBlocksPerSm = 2;  // Parts are made for so many
 constexpr int kMinTiles = 4;     // Fewer tiles are not worth a part
 constexpr float kLowest = -1e30f;
 
@@ -32,61 +33,108 @@ struct DecodeParams {
   void* v;
   void* out;
   int64_t qkv_stride, out_stride;
-  float* partials;    // [row, unit, split] of [kHeads, head_dim], then [kHeads] max, sum
-  int32_t* counters;  // [row, unit]
+  float* partials;   // [row, unit, split] of [kHeads, head_dim], then [kHeads] max, sum
+  int32_t* arrived;  // [row, unit]: parts that are ready
+  int32_t* queue;    // Items handed out beyond the first two of each block; blocks that ended
   int num_kv_heads, block_size, group;
   int chunks;   // Units of one KV head: ceil(group / kHeads)
+  int splits;   // Parts of a row at most
+  int items;    // Rows x units x splits
   float scale;  // Times log2(e)
   NewKeys new_keys;
+
+  __device__ int units() const { return num_kv_heads * chunks; }
 };
 
 template <int kHeadDim>
-struct Tile {
+struct TileShape {
   // 16 bytes behind every row make the eight rows of a matrix fall into different banks.
   static constexpr int kStride = kHeadDim * 2 + 16;
   static constexpr int kBytes = kTileKeys * kStride;
   static constexpr int kStageBytes = 2 * kBytes;  // K, V
 };
 
-// The tiles of one warp: which they are, and their way into the ring.
-template <typename T, int kHeadDim, int kWarps>
-struct TileReader {
-  const T* k;
-  const T* v;
+struct TileSource {
   const int32_t* table;
-  int first;  // Tile; the warp's i-th is first + i * kWarps
-  int end;
-  int length;  // Keys in the cache
-  int kv_head, num_kv_heads, block_size;
-  uint32_t rows = 0;  // Lane j: cache row at which tile 32 * n + j begins
+  uint32_t row;  // Of the cache
+  int key;       // The first
+  int position;  // Keys from here on are not in the cache
+  int kv_head;
+};
 
-  // Starts the copies of tile i to `shared`; i goes up from 0 in steps of one.
-  __device__ __forceinline__ void Fetch(int i, uint32_t shared) {
-    constexpr int kChunks = kHeadDim / 8;  // Of 16 bytes, in a row
-    const int lane = threadIdx.x % 32;
-    if (i % 32 == 0) {
-      const int tile = first + (i + lane) * kWarps;
-      if (tile < end) rows = KvRow(table, tile * kTileKeys, kv_head, num_kv_heads, block_size);
-    }
-    const uint32_t tile_row = __shfl_sync(0xffffffffu, rows, i % 32);
-    const int key = (first + i * kWarps) * kTileKeys;
-    const bool whole = block_size % kTileKeys == 0;
-#pragma unroll
-    for (int j = 0; j < kChunks / 2; ++j) {
-      const int row = (lane + 32 * j) / kChunks;
-      const int column = (lane + 32 * j) % kChunks;
-      const bool exists = key + row < length;
-      uint32_t from = tile_row + row;
-      if (!whole) {
-        from = KvRow(table, min(key + row, max(length - 1, 0)), kv_head, num_kv_heads, block_size);
-      }
-      const size_t offset = static_cast<size_t>(from) * kHeadDim + column * 8;
-      const uint32_t to = shared + row * Tile<kHeadDim>::kStride + column * 16;
-      CopyAsync16(to, k + offset, exists);
-      CopyAsync16(to + Tile<kHeadDim>::kBytes, v + offset, exists);
-    }
+// An item, and which of its tiles are the warp's.
+template <int kWarps>
+struct Work {
+  int row = 0;
+  int position = -1;  // Of the row: the number of keys that are in the cache
+  int kv_head = 0;
+  int first_head = 0;  // Within the KV head's
+  int splits = 0;      // Parts of the row
+  int split = 0;       // Nothing to do if it is none of these
+  int tiles = 0;       // Of the row
+  int first = 0;       // The warp's i-th tile is first + i * kWarps
+  int count = 0;       // Tiles of the warp
+  const int32_t* table = nullptr;
+  uint32_t cache_rows = 0;  // Lane j: cache row at which the warp's tile 32 * n + j begins
+
+  __device__ Work(const DecodeParams& p, int item) {
+    if (item >= p.items) return;
+    const int unit = item / p.splits;
+    row = p.step.decode_rows[unit / p.units()];
+    position = p.step.positions[row];
+    table = p.step.block_tables + p.step.sequences[row] * p.step.block_table_stride;
+    kv_head = unit % p.units() / p.chunks;
+    first_head = unit % p.chunks * kHeads;
+    split = item % p.splits;
+    if (position < 0) return;
+    tiles = position / kTileKeys + 1;
+    splits = min(p.splits, (tiles + kMinTiles - 1) / kMinTiles);
+    if (split >= splits) return;
+    first = tiles * split / splits + threadIdx.x / 32;
+    count = max(0, (tiles * (split + 1) / splits - first + kWarps - 1) / kWarps);
+    Locate(p, 0);
+  }
+
+  // Looks up the tiles i to i + 31.
+  __device__ __forceinline__ void Locate(const DecodeParams& p, int i) {
+    i += threadIdx.x % 32;
+    if (i >= count) return;
+    cache_rows =
+        KvRow(table, (first + i * kWarps) * kTileKeys, kv_head, p.num_kv_heads, p.block_size);
+  }
+
+  // Where tile i lies; i goes up in steps of one.
+  __device__ __forceinline__ TileSource Tile(const DecodeParams& p, int i) {
+    if (i % 32 == 0 && i > 0) Locate(p, i);
+    const uint32_t row = __shfl_sync(0xffffffffu, cache_rows, i % 32);
+    return {table, row, (first + i * kWarps) * kTileKeys, position, kv_head};
   }
 };
+
+// Starts the copies of a tile to `shared`.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void Fetch(const DecodeParams& p, const TileSource& source,
+                                      uint32_t shared) {
+  constexpr int kChunks = kHeadDim / 8;  // Of 16 bytes, in a row
+  const int lane = threadIdx.x % 32;
+  const bool whole = p.block_size % kTileKeys == 0;
+#pragma unroll 8
+  for (int j = 0; j < kChunks / 2; ++j) {
+    const int in_tile = (lane + 32 * j) / kChunks;
+    const int column = (lane + 32 * j) % kChunks;
+    const int key = source.key + in_tile;
+    uint32_t from = source.row + in_tile;
+    if (!whole) {
+      from = KvRow(source.table, min(key, source.position), source.kv_head, p.num_kv_heads,
+                   p.block_size);
+    }
+    const size_t offset = static_cast<size_t>(from) * kHeadDim + column * 8;
+    const uint32_t to = shared + in_tile * TileShape<kHeadDim>::kStride + column * 16;
+    CopyAsync16(to, static_cast<const T*>(p.k) + offset, key < source.position);
+    CopyAsync16(to + TileShape<kHeadDim>::kBytes, static_cast<const T*>(p.v) + offset,
+                key < source.position);
+  }
+}
 
 // Running softmax of a warp. Lane l holds the maximum and its own share of the sum of head l / 4,
 // and of O^T rows l / 4 + 8 n and columns 2 * (l % 4) + {0, 1}.
@@ -135,7 +183,7 @@ struct WarpState {
 #pragma unroll
     for (int j = 0; j < kHeadDim / 16; ++j) {
       uint32_t a[4];
-      LoadMatricesTransposed(a, shared + Tile<kHeadDim>::kBytes + fragment + 32 * j);
+      LoadMatricesTransposed(a, shared + TileShape<kHeadDim>::kBytes + fragment + 32 * j);
       Mma<T>(out[j], a[0], a[1], a[2], a[3], p0, p1);
     }
   }
@@ -157,15 +205,88 @@ struct WarpState {
   }
 };
 
-// Element d of a head whose elements are at `head`, turned if it belongs to the first 2 * half_dim;
-// cos and sin are the row's.
 template <typename T>
-__device__ __forceinline__ T TurnedElement(const T* head, int d, const float* cos, const float* sin,
-                                           int half_dim) {
-  if (d >= 2 * half_dim) return head[d];
-  const int i = d < half_dim ? d : d - half_dim;
-  const float2 turned = Turn(ToFloat(head[i]), ToFloat(head[i + half_dim]), cos[i], sin[i]);
-  return FromFloat<T>(d < half_dim ? turned.x : turned.y);
+struct alignas(8) Four {
+  T values[4];
+};
+
+// Elements d to d + 3 of a head whose elements are at `head`, turned if they belong to the first
+// 2 * half_dim; cos and sin are the row's.
+template <typename T>
+__device__ __forceinline__ Four<T> LoadTurned(const T* head, int d, const float* cos,
+                                              const float* sin, int half_dim) {
+  if (half_dim == 0) return *reinterpret_cast<const Four<T>*>(head + d);
+  Four<T> out;
+  if (half_dim % 4 == 0) {
+    if (d >= 2 * half_dim) return *reinterpret_cast<const Four<T>*>(head + d);
+    const int first = d < half_dim ? d : d - half_dim;
+    const Four<T> a = *reinterpret_cast<const Four<T>*>(head + first);
+    const Four<T> b = *reinterpret_cast<const Four<T>*>(head + first + half_dim);
+    const float4 c = *reinterpret_cast<const float4*>(cos + first);
+    const float4 s = *reinterpret_cast<const float4*>(sin + first);
+    const float cosines[4] = {c.x, c.y, c.z, c.w};
+    const float sines[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 turned = Turn(ToFloat(a.values[i]), ToFloat(b.values[i]), cosines[i], sines[i]);
+      out.values[i] = FromFloat<T>(d < half_dim ? turned.x : turned.y);
+    }
+    return out;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int element = d + i;
+    const int first = element % half_dim;
+    out.values[i] = head[element];
+    if (element >= 2 * half_dim) continue;
+    const float2 turned =
+        Turn(ToFloat(head[first]), ToFloat(head[first + half_dim]), cos[first], sin[first]);
+    out.values[i] = FromFloat<T>(element < half_dim ? turned.x : turned.y);
+  }
+  return out;
+}
+
+// What the warps of a block share.
+template <typename T, int kHeadDim, int kWarps>
+struct BlockState {
+  // The item's q, the newest k and the newest v. 16 bytes behind every row for the banks.
+  alignas(16) T rows[kHeads + 2][kHeadDim + 8];
+  float max[kWarps][kHeads];
+  float sum[kWarps][kHeads];
+  const float* outputs[kWarps];  // [kHeads, head_dim + 4], null from a warp without tiles
+  float weights[kHeads][kMaxSplits];
+  int next;  // Item after the next
+  bool last;
+};
+
+// Brings q, and for the last part the newest k and v, to state->rows; writes the latter to the cache.
+template <typename T, int kHeadDim, int kWarps>
+__device__ __forceinline__ void LoadRows(const DecodeParams& p, const Work<kWarps>& work,
+                                         BlockState<T, kHeadDim, kWarps>* state) {
+  constexpr int kFours = kHeadDim / 4;
+  const int heads = min(kHeads, p.group - work.first_head);
+  const T* qkv = static_cast<const T*>(p.qkv) + work.row * p.qkv_stride;
+  const int half_dim = p.new_keys == NewKeys::kTurnAndWrite ? p.step.half_dim : 0;
+  const float* cos = p.step.cos + static_cast<int64_t>(work.row) * half_dim;
+  const float* sin = p.step.sin + static_cast<int64_t>(work.row) * half_dim;
+  const bool newest = work.split == work.splits - 1;
+  const bool write = newest && p.new_keys != NewKeys::kReady && work.first_head == 0;
+  for (int i = threadIdx.x; i < (heads + (newest ? 2 : 0)) * kFours; i += kWarps * 32) {
+    const int which = i / kFours;
+    const int d = i % kFours * 4;
+    int head = work.kv_head * p.group + work.first_head + which;
+    if (which >= heads) {
+      head = p.num_kv_heads * (p.group + which - heads) + work.kv_head;
+    }
+    const Four<T> four = LoadTurned(qkv + static_cast<int64_t>(head) * kHeadDim, d, cos, sin,
+                                    which <= heads ? half_dim : 0);
+    const int to = which < heads ? which : kHeads + which - heads;
+    *reinterpret_cast<Four<T>*>(&state->rows[to][d]) = four;
+    if (which < heads || !write) continue;
+    T* cache = static_cast<T*>(which == heads ? p.k : p.v);
+    const size_t row = KvRow(work.table, work.position, work.kv_head, p.num_kv_heads, p.block_size);
+    *reinterpret_cast<Four<T>*>(cache + row * kHeadDim + d) = four;
+  }
 }
 
 // Lane l: elements 16 j + 2 (l % 4) + {0, 1} and those + 8 of head l / 4.
@@ -179,18 +300,6 @@ __device__ __forceinline__ void LoadQuery(const T (*q)[kHeadDim + 8],
     out[j][1] = pairs[8 * j + 4];
   }
 }
-
-// What the warps of a block share.
-template <typename T, int kHeadDim, int kWarps>
-struct BlockState {
-  T q[kHeads][kHeadDim + 8];  // Zero for heads that the block has not
-  T k[kHeadDim];              // The newest key and value
-  T v[kHeadDim];
-  float max[kWarps][kHeads];
-  float sum[kWarps][kHeads];
-  float weights[kHeads][kMaxSplits];
-  bool last;
-};
 
 // Floats of one part: see DecodeParams::partials.
 __host__ __device__ constexpr int PartFloats(int head_dim) { return kHeads * (head_dim + 2); }
@@ -279,136 +388,38 @@ __device__ __forceinline__ void MergeParts(const float* parts, int splits, int h
   }
 }
 
-template <typename T, int kHeadDim, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps * 32) DecodeKernel(const DecodeParams p) {
-  constexpr int kThreads = kWarps * 32;
-  constexpr int kRing = kStages * Tile<kHeadDim>::kStageBytes;
-  static_assert(kRing >= kHeads * (kHeadDim + 4) * 4);
-  extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ BlockState<T, kHeadDim, kWarps> state;
-  LetNextStart();
-
+// Leaves the warp's result for CombineWarps, the output at `shared`.
+template <typename T, int kHeadDim, int kWarps>
+__device__ __forceinline__ void ShareResult(const WarpState<T, kHeadDim>& result, int heads,
+                                            float* shared, BlockState<T, kHeadDim, kWarps>* state) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int row = p.step.decode_rows[blockIdx.z];
-  const int position = p.step.positions[row];
-  const int kv_head = blockIdx.y / p.chunks;
-  const int first_head = blockIdx.y % p.chunks * kHeads;  // Within the KV head's
-  const int heads = min(kHeads, p.group - first_head);
-  const int64_t q_column = static_cast<int64_t>(kv_head * p.group + first_head) * kHeadDim;
-  T* out = static_cast<T*>(p.out) + row * p.out_stride + q_column;
-  if (position < 0) {
-    WaitForPrevious();
-    if (blockIdx.x > 0) return;
-    for (int e = threadIdx.x; e < heads * kHeadDim; e += kThreads) out[e] = FromFloat<T>(0.0f);
-    return;
-  }
-  const int tiles = position / kTileKeys + 1;
-  const int splits = min(static_cast<int>(gridDim.x), (tiles + kMinTiles - 1) / kMinTiles);
-  const int split = blockIdx.x;
-  if (split >= splits) return;
-
-  TileReader<T, kHeadDim, kWarps> reader;
-  reader.k = static_cast<const T*>(p.k);
-  reader.v = static_cast<const T*>(p.v);
-  reader.table = p.step.block_tables + p.step.sequences[row] * p.step.block_table_stride;
-  reader.first = tiles * split / splits + warp;
-  reader.end = tiles * (split + 1) / splits;
-  reader.length = position;
-  reader.kv_head = kv_head;
-  reader.num_kv_heads = p.num_kv_heads;
-  reader.block_size = p.block_size;
-  const int count = max(0, (reader.end - reader.first + kWarps - 1) / kWarps);
-  uint8_t* own = shared + warp * kRing;
-  const uint32_t ring = SharedAddress(own);
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (i < count) reader.Fetch(i, ring + i * Tile<kHeadDim>::kStageBytes);
-    CommitCopies();
-  }
-  WaitForPrevious();
-
-  const T* qkv = static_cast<const T*>(p.qkv) + row * p.qkv_stride;
-  const int half_dim = p.new_keys == NewKeys::kTurnAndWrite ? p.step.half_dim : 0;
-  const float* cos = p.step.cos + static_cast<int64_t>(row) * half_dim;
-  const float* sin = p.step.sin + static_cast<int64_t>(row) * half_dim;
-#pragma unroll
-  for (int e = threadIdx.x; e < kHeads * kHeadDim; e += kThreads) {
-    const int head = e / kHeadDim;
-    const T* from = qkv + q_column + head * kHeadDim;
-    state.q[head][e % kHeadDim] =
-        head < heads ? TurnedElement(from, e % kHeadDim, cos, sin, half_dim) : FromFloat<T>(0.0f);
-  }
-  if (split == splits - 1) {  // The block that has the newest key
-    const T* from = qkv + static_cast<int64_t>(p.num_kv_heads * p.group + kv_head) * kHeadDim;
-    const size_t to =
-        static_cast<size_t>(KvRow(reader.table, position, kv_head, p.num_kv_heads, p.block_size)) *
-        kHeadDim;
-    const bool write = p.new_keys != NewKeys::kReady && first_head == 0;
-    for (int d = threadIdx.x; d < kHeadDim; d += kThreads) {
-      state.k[d] = TurnedElement(from, d, cos, sin, half_dim);
-      state.v[d] = from[p.num_kv_heads * kHeadDim + d];
-      if (!write) continue;
-      static_cast<T*>(p.k)[to + d] = state.k[d];
-      static_cast<T*>(p.v)[to + d] = state.v[d];
-    }
-  }
-  __syncthreads();
-  uint32_t q[kHeadDim / 16][2];
-  LoadQuery<T, kHeadDim>(state.q, q);
-  const uint32_t fragment =
-      (lane % 8 + lane / 16 * 8) * Tile<kHeadDim>::kStride + lane / 8 % 2 * 16;
-
-  WarpState<T, kHeadDim> warp_state;
-  int stage = 0;
-  for (int i = 0; i < count; ++i) {
-    const int next = i + kStages - 1;
-    const int next_stage = stage == 0 ? kStages - 1 : stage - 1;
-    if (next < count) reader.Fetch(next, ring + next_stage * Tile<kHeadDim>::kStageBytes);
-    CommitCopies();
-    WaitForCopies<kStages - 1>();
-    const int tile = reader.first + i * kWarps;
-    if (tile == tiles - 1) {  // Puts the newest key where the copy left zeros
-      uint8_t* to = own + stage * Tile<kHeadDim>::kStageBytes +
-                    position % kTileKeys * Tile<kHeadDim>::kStride;
-      __syncwarp();
-      for (int d = lane; d < kHeadDim; d += 32) {
-        reinterpret_cast<T*>(to)[d] = state.k[d];
-        reinterpret_cast<T*>(to + Tile<kHeadDim>::kBytes)[d] = state.v[d];
-      }
-    }
-    __syncwarp();
-    warp_state.Add(q, ring + stage * Tile<kHeadDim>::kStageBytes, fragment, tile * kTileKeys,
-                   position + 1, p.scale);
-    __syncwarp();
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-  }
-
-  // The warps' results, each in its own ring: [kHeads, head_dim + 4] floats.
-  constexpr int kOutStride = kHeadDim + 4;
-  float sum = warp_state.sum;
+  float sum = result.sum;
   sum += __shfl_xor_sync(0xffffffffu, sum, 1);
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
   if (lane % 4 == 0) {
-    state.max[warp][lane / 4] = warp_state.max;
-    state.sum[warp][lane / 4] = sum;
+    state->max[warp][lane / 4] = result.max;
+    state->sum[warp][lane / 4] = sum;
   }
-  auto* own_out = reinterpret_cast<float*>(own);
+  if (lane == 0) state->outputs[warp] = shared;
+  if (shared == nullptr) return;
 #pragma unroll
   for (int j = 0; j < kHeadDim / 16; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int head = 2 * (lane % 4) + i % 2;
       if (head < heads) {
-        own_out[head * kOutStride + 16 * j + lane / 4 + i / 2 * 8] = warp_state.out[j][i];
+        shared[head * (kHeadDim + 4) + 16 * j + lane / 4 + i / 2 * 8] = result.out[j][i];
       }
     }
   }
-  __syncthreads();
-  const int64_t unit = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-  float* parts = p.partials + unit * gridDim.x * PartFloats(kHeadDim);
-  float* part = parts + split * PartFloats(kHeadDim);
-  for (int e = threadIdx.x; e < heads * kHeadDim / 4; e += kThreads) {
+}
+
+// Adds up the results of the warps: to `out` where the row is not cut, to `part` otherwise.
+template <typename T, int kHeadDim, int kWarps>
+__device__ __forceinline__ void CombineWarps(const BlockState<T, kHeadDim, kWarps>& state,
+                                             int heads, T* out, float* part) {
+  for (int e = threadIdx.x; e < heads * kHeadDim / 4; e += kWarps * 32) {
     const int head = 4 * e / kHeadDim;
     const int column = 4 * e % kHeadDim;
     float highest = state.max[0][head];
@@ -418,13 +429,13 @@ __global__ void __launch_bounds__(kWarps * 32) DecodeKernel(const DecodeParams p
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
+      if (state.outputs[w] == nullptr) continue;
       const float weight = Exp2(state.max[w][head] - highest);
-      const auto* of_warp = reinterpret_cast<const float*>(shared + w * kRing);
-      AddScaled(&value, weight,
-                *reinterpret_cast<const float4*>(of_warp + head * kOutStride + column));
+      const float* from = state.outputs[w] + head * (kHeadDim + 4) + column;
+      AddScaled(&value, weight, *reinterpret_cast<const float4*>(from));
       total += weight * state.sum[w][head];
     }
-    if (splits == 1) {
+    if (part == nullptr) {
       const float inverse = 1.0f / total;
       StoreFour(out + 4 * e,
                 float4{value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse});
@@ -435,31 +446,174 @@ __global__ void __launch_bounds__(kWarps * 32) DecodeKernel(const DecodeParams p
       }
     }
   }
-  if (splits == 1) return;
+}
+
+// Adds one. What the block wrote before its barrier can be read by whoever finds the sum.
+__device__ __forceinline__ int AddInOrder(int32_t* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+
+// The end of an item, from the warps' results on. Every warp may go on filling its ring except for
+// the stage that its result is in, until this returns.
+template <typename T, int kHeadDim, int kWarps>
+__device__ __forceinline__ void FinishItem(const DecodeParams& p, int item,
+                                           const Work<kWarps>& work,
+                                           BlockState<T, kHeadDim, kWarps>* state) {
+  const int heads = min(kHeads, p.group - work.first_head);
+  T* out = static_cast<T*>(p.out) + work.row * p.out_stride +
+           static_cast<int64_t>(work.kv_head * p.group + work.first_head) * kHeadDim;
+  const int unit = item / p.splits;
+  float* parts = p.partials + static_cast<int64_t>(unit) * p.splits * PartFloats(kHeadDim);
+  const bool cut = work.splits > 1;
   __syncthreads();
+  CombineWarps(*state, heads, out, cut ? parts + work.split * PartFloats(kHeadDim) : nullptr);
+  __syncthreads();
+  if (!cut) return;
   if (threadIdx.x == 0) {
-    __threadfence();
-    state.last = atomicAdd(p.counters + unit, 1) == splits - 1;
-    __threadfence();
-    if (state.last) p.counters[unit] = 0;
+    state->last = AddInOrder(p.arrived + unit) == work.splits - 1;
+    if (state->last) p.arrived[unit] = 0;
   }
   __syncthreads();
-  if (state.last) MergeParts<T, kHeadDim, kThreads>(parts, splits, heads, state.weights, out);
+  if (state->last) {
+    MergeParts<T, kHeadDim, kWarps * 32>(parts, work.splits, heads, state->weights, out);
+  }
+}
+
+// Output of a padding row.
+template <typename T, int kHeadDim, int kWarps>
+__device__ __forceinline__ void WriteZeros(const DecodeParams& p, const Work<kWarps>& work) {
+  const int heads = min(kHeads, p.group - work.first_head);
+  T* out = static_cast<T*>(p.out) + work.row * p.out_stride +
+           static_cast<int64_t>(work.kv_head * p.group + work.first_head) * kHeadDim;
+  for (int e = threadIdx.x; e < heads * kHeadDim / 4; e += kWarps * 32) {
+    StoreFour(out + 4 * e, float4{0.0f, 0.0f, 0.0f, 0.0f});
+  }
+}
+
+// Puts the newest key and value into a tile, where the copy left zeros.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void InsertNewest(const T (*rows)[kHeadDim + 8], uint8_t* to) {
+  __syncwarp();
+  for (int d = threadIdx.x % 32 * 4; d < kHeadDim; d += 128) {
+    *reinterpret_cast<Four<T>*>(to + 2 * d) = *reinterpret_cast<const Four<T>*>(&rows[0][d]);
+    *reinterpret_cast<Four<T>*>(to + TileShape<kHeadDim>::kBytes + 2 * d) =
+        *reinterpret_cast<const Four<T>*>(&rows[1][d]);
+  }
+}
+
+template <typename T, int kHeadDim, int kWarps, int kStages>
+__global__ void __launch_bounds__(kWarps * 32, 2) DecodeKernel(const DecodeParams p) {
+  using Shape = TileShape<kHeadDim>;
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ BlockState<T, kHeadDim, kWarps> state;
+  LetNextStart();
+
+  const int lane = threadIdx.x % 32;
+  const uint32_t fragment = (lane % 8 + lane / 16 * 8) * Shape::kStride + lane / 8 % 2 * 16;
+  uint8_t* ring = shared + threadIdx.x / 32 * (kStages * Shape::kStageBytes);
+  const uint32_t ring_address = SharedAddress(ring);
+  const auto stage_at = [&](int stage) {
+    return ring_address + stage % kStages * Shape::kStageBytes;
+  };
+  const auto blocks = static_cast<int>(gridDim.x);
+  int item = blockIdx.x;
+  int next_item = item + blocks;
+  Work<kWarps> work(p, item);
+  // The warp's tiles of all items go round the ring; tile i of the item lies in stage `first` + i.
+  // kStages - 1 of them are on their way, each in a group of its own.
+  int first = 0;
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i < work.count) Fetch<T, kHeadDim>(p, work.Tile(p, i), stage_at(i));
+    CommitCopies();
+  }
+  WaitForPrevious();
+
+  while (item < p.items) {
+    int taken = next_item + blocks;
+    if (p.items > 2 * blocks && threadIdx.x == 0) taken = 2 * blocks + atomicAdd(p.queue, 1);
+    if (work.split < work.splits) LoadRows(p, work, &state);
+    Work<kWarps> next(p, next_item);
+    __syncthreads();
+    uint32_t q[kHeadDim / 16][2];
+    LoadQuery<T, kHeadDim>(state.rows, q);
+    WarpState<T, kHeadDim> result;
+    for (int i = 0; i < work.count; ++i) {
+      const int ahead = i + kStages - 1;
+      const bool own = ahead < work.count;
+      if (own || ahead - work.count < next.count) {
+        const TileSource source = own ? work.Tile(p, ahead) : next.Tile(p, ahead - work.count);
+        Fetch<T, kHeadDim>(p, source, stage_at(first + ahead));
+      }
+      CommitCopies();
+      WaitForCopies<kStages - 1>();
+      const int stage = (first + i) % kStages;
+      const int tile = work.first + i * kWarps;
+      if (tile == work.tiles - 1) {
+        InsertNewest<T, kHeadDim>(
+            state.rows + kHeads,
+            ring + stage * Shape::kStageBytes + work.position % kTileKeys * Shape::kStride);
+      }
+      __syncwarp();
+      result.Add(q, stage_at(stage), fragment, tile * kTileKeys, work.position + 1, p.scale);
+      __syncwarp();
+    }
+    const int heads = min(kHeads, p.group - work.first_head);
+    first = (first + work.count) % kStages;
+    if (threadIdx.x == 0) state.next = taken;
+    if (work.split < work.splits) {
+      // The stage of the last tile is free until the next tile is consumed.
+      const int stage = (first + kStages - 1) % kStages;
+      auto* of_stage = reinterpret_cast<float*>(ring + stage * Shape::kStageBytes);
+      ShareResult(result, heads, work.count > 0 ? of_stage : nullptr, &state);
+      FinishItem(p, item, work, &state);
+    } else {
+      if (work.position < 0 && work.split == 0) WriteZeros<T, kHeadDim>(p, work);
+      __syncthreads();
+    }
+    // A short item had no time to start these.
+    const int missing = min(kStages - 1 - work.count, next.count);
+    if (missing > 0) {
+#pragma unroll 1
+      for (int i = 0; i < missing; ++i) {
+        Fetch<T, kHeadDim>(p, next.Tile(p, i), stage_at(first + i));
+      }
+      CommitCopies();
+      WaitForCopies<0>();
+    }
+    item = next_item;
+    next_item = state.next;
+    work = next;
+  }
+  if (p.items > 2 * blocks && threadIdx.x == 0) {
+    if (atomicAdd(p.queue + 1, 1) == blocks - 1) p.queue[0] = p.queue[1] = 0;
+  }
 }
 
 int Chunks(const AttentionShape& shape) {
   return (shape.num_heads / shape.num_kv_heads + kHeads - 1) / kHeads;
 }
 
-// Parts that fit into scratch: more than one a unit only while all together are no more.
+// Rows are cut only while all parts together are no more than this: a block that has several items
+// does better without the way through scratch.
 int64_t MaxParts(int num_sms) { return static_cast<int64_t>(kBlocksPerSm) * num_sms; }
+constexpr int kQueueInts = 4;
 
 template <typename T, int kHeadDim, int kWarps, int kStages>
-void LaunchDecode(const LaunchContext& context, const DecodeParams& params, dim3 grid) {
-  constexpr int kShared = kWarps * kStages * Tile<kHeadDim>::kStageBytes;
+void LaunchDecode(const LaunchContext& context, const DecodeParams& params) {
+  constexpr int kShared = kWarps * kStages * TileShape<kHeadDim>::kStageBytes;
   auto* kernel = &DecodeKernel<T, kHeadDim, kWarps, kStages>;
   AllowShared(kernel, kShared);
-  Launch(context, kernel, grid, dim3(kWarps * 32), kShared, params);
+  int blocks_per_sm = 0;
+  SLUICE_CUDA_CHECK(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, kWarps * 32, kShared));
+  const int blocks = std::min(params.items, std::max(1, blocks_per_sm) * context.num_sms);
+  Launch(context, kernel, dim3(blocks), dim3(kWarps * 32), kShared, params);
 }
 
 }  // namespace
@@ -472,7 +626,7 @@ bool AttentionSupports(const AttentionShape& shape) {
 }
 
 int64_t DecodeScratchBytes(const AttentionShape& shape, int num_sms) {
-  return MaxParts(num_sms) * 4 * (1 + PartFloats(shape.head_dim));
+  return 4 * (kQueueInts + MaxParts(num_sms) * (1 + PartFloats(shape.head_dim)));
 }
 
 void DecodeAttention(const LaunchContext& context, const DeviceStep& step,
@@ -488,24 +642,31 @@ void DecodeAttention(const LaunchContext& context, const DeviceStep& step,
   params.out = out;
   params.qkv_stride = qkv_stride;
   params.out_stride = out_stride;
-  params.counters = static_cast<int32_t*>(scratch);
-  params.partials = static_cast<float*>(scratch) + MaxParts(context.num_sms);
+  params.queue = static_cast<int32_t*>(scratch);
+  params.arrived = params.queue + kQueueInts;
+  params.partials = static_cast<float*>(scratch) + kQueueInts + MaxParts(context.num_sms);
   params.num_kv_heads = shape.num_kv_heads;
   params.block_size = shape.block_size;
   params.group = shape.num_heads / shape.num_kv_heads;
   params.chunks = Chunks(shape);
   params.scale = shape.scale * kLog2E;
   params.new_keys = new_keys;
-  const int units = shape.num_kv_heads * params.chunks;
-  const int64_t splits = std::clamp<int64_t>(
-      MaxParts(context.num_sms) / (static_cast<int64_t>(units) * step.num_decode_rows), 1,
-      kMaxSplits);
-  const dim3 grid(splits, units, step.num_decode_rows);
+  const int64_t units =
+      static_cast<int64_t>(shape.num_kv_heads) * params.chunks * step.num_decode_rows;
+  params.splits =
+      static_cast<int>(std::clamp<int64_t>(MaxParts(context.num_sms) / units, 1, kMaxSplits));
+  params.items = static_cast<int>(units * params.splits);
   ForShape(shape, [&]<typename T, int kHeadDim>() {
     if constexpr (kHeadDim == 256) {
-      LaunchDecode<T, kHeadDim, 2, 2>(context, params, grid);
+      return LaunchDecode<T, kHeadDim, 2, 2>(context, params);
     } else {
-      LaunchDecode<T, kHeadDim, 4, 2>(context, params, grid);
+      if constexpr (kHeadDim == 128) {
+        // Cards before sm_90, but for sm_80, have 99 KiB.
+        if (context.max_shared_bytes < 112 << 10) {
+          return LaunchDecode<T, kHeadDim, 4, 2>(context, params);
+        }
+      }
+      LaunchDecode<T, kHeadDim, 4, 3>(context, params);
     }
   });
 }

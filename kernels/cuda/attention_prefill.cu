@@ -1,6 +1,7 @@
 // Flash prefill. A block takes the up to 64 rows of a tile and kHeads query heads of one KV head; each
 // of its four warps 16 rows of each head, so that a fragment of K or V read from shared memory
-// serves kHeads products. Tiles of keys come through a ring of two in shared memory; scores,
+// serves kHeads products. Tiles of keys come through shared memory, with kBuffers = 2 a whole tile
+// ahead, with 1 (more blocks on an SM) as soon as the tile before has been used; scores,
 // softmax and output stay in registers.
 #include "kernels/cuda/attention_device.h"
 
@@ -31,7 +32,9 @@ struct Layout {
   static constexpr int kStride = kHeadDim * 2 + 16;
   static constexpr int kQueryBytes = kRows * kStride;  // Of a head
   static constexpr int kTileBytes = kKeys * kStride;   // Of K, and of V
-  static constexpr int Shared(int heads) { return heads * kQueryBytes + 4 * kTileBytes; }
+  static constexpr int Shared(int heads, int buffers) {
+    return heads * kQueryBytes + 2 * buffers * kTileBytes;
+  }
 };
 
 // Where the keys of one sequence and KV head lie.
@@ -126,7 +129,7 @@ __device__ __forceinline__ void MaskCausal(float (&s)[kTiles][4], int above) {
   }
 }
 
-template <typename T, int kHeadDim, int kHeads>
+template <typename T, int kHeadDim, int kHeads, int kBuffers>
 __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p) {
   using L = Layout<kHeadDim>;
   constexpr int kKeyTiles = L::kKeys / 8;
@@ -150,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
                static_cast<int64_t>(head) * kHeadDim;
   const uint32_t q_shared = SharedAddress(shared);
   const uint32_t k_shared = q_shared + kHeads * L::kQueryBytes;
-  const uint32_t v_shared = k_shared + 2 * L::kTileBytes;
+  const uint32_t v_shared = k_shared + kBuffers * L::kTileBytes;
 
 #pragma unroll
   for (int i = 0; i < kHeads * kRows * kChunks / kThreads; ++i) {
@@ -164,8 +167,10 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
   uint32_t located = keys.Locate(0);
   keys.Fetch(k, 0, located, k_shared);
   CommitCopies();
-  keys.Fetch(v, 0, located, v_shared);
-  CommitCopies();
+  if (kBuffers == 2) {
+    keys.Fetch(v, 0, located, v_shared);
+    CommitCopies();
+  }
 
   const uint32_t q_fragment = q_shared + (16 * warp + lane % 16) * L::kStride + lane / 16 * 16;
   const uint32_t k_fragment = (lane % 8 + lane / 16 * 8) * L::kStride + lane / 8 % 2 * 16;
@@ -174,17 +179,27 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
   RowState<T, kHeadDim> rows[kHeads];
   const int num_tiles = (length + L::kKeys - 1) / L::kKeys;
   for (int t = 0; t < num_tiles; ++t) {
-    const uint32_t k_tile = k_shared + t % 2 * L::kTileBytes;
-    const uint32_t v_tile = v_shared + t % 2 * L::kTileBytes;
-    WaitForCopies<1>();
-    __syncthreads();  // K of this tile is there, and everyone is done with the tile before
-    const bool more = t + 1 < num_tiles;
+    const int buffer = t % kBuffers * L::kTileBytes;
+    const int next_buffer = (t + 1) % kBuffers * L::kTileBytes;
+    const uint32_t k_tile = k_shared + buffer;
+    const uint32_t v_tile = v_shared + buffer;
     const int next = (t + 1) * L::kKeys;
-    if (more) {
-      located = keys.Locate(next);
-      keys.Fetch(k, next, located, k_shared + (t + 1) % 2 * L::kTileBytes);
+    const bool more = t + 1 < num_tiles;
+    const auto fetch_next_k = [&] {
+      if (more) {
+        located = keys.Locate(next);
+        keys.Fetch(k, next, located, k_shared + next_buffer);
+      }
+      CommitCopies();
+    };
+    WaitForCopies<kBuffers - 1>();
+    __syncthreads();  // K of this tile is there, and everyone is done with the tile before
+    if (kBuffers == 2) {
+      fetch_next_k();
+    } else {
+      keys.Fetch(v, t * L::kKeys, located, v_tile);
+      CommitCopies();
     }
-    CommitCopies();
 
     float s[kHeads][kKeyTiles][4] = {};
 #pragma unroll
@@ -205,6 +220,10 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
         }
       }
     }
+    if (kBuffers == 1) {
+      __syncthreads();  // Everyone is done with K
+      fetch_next_k();
+    }
     const bool mask = (t + 1) * L::kKeys - 1 > warp_position;
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
@@ -214,8 +233,10 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
 
     WaitForCopies<1>();
     __syncthreads();  // V of this tile
-    if (more) keys.Fetch(v, next, located, v_shared + (t + 1) % 2 * L::kTileBytes);
-    CommitCopies();
+    if (kBuffers == 2) {
+      if (more) keys.Fetch(v, next, located, v_shared + next_buffer);
+      CommitCopies();
+    }
 #pragma unroll
     for (int n = 0; n < kKeyTiles; n += 2) {
       uint32_t a[kHeads][4];
@@ -260,10 +281,10 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
   }
 }
 
-template <typename T, int kHeadDim, int kHeads>
+template <typename T, int kHeadDim, int kHeads, int kBuffers>
 void LaunchPrefill(const LaunchContext& context, const PrefillParams& params, int num_heads) {
-  constexpr int kShared = Layout<kHeadDim>::Shared(kHeads);
-  auto* kernel = &PrefillKernel<T, kHeadDim, kHeads>;
+  constexpr int kShared = Layout<kHeadDim>::Shared(kHeads, kBuffers);
+  auto* kernel = &PrefillKernel<T, kHeadDim, kHeads, kBuffers>;
   AllowShared(kernel, kShared);
   Launch(context, kernel, dim3(num_heads / kHeads, params.step.num_prefill_tiles), dim3(kThreads),
          kShared, params);
@@ -287,16 +308,22 @@ void PrefillAttention(const LaunchContext& context, const DeviceStep& step,
   params.block_size = shape.block_size;
   params.group = shape.num_heads / shape.num_kv_heads;
   params.scale = shape.scale * kLog2E;
+  const int64_t blocks = static_cast<int64_t>(step.num_prefill_tiles) * shape.num_heads;
+  const int64_t few = 2 * context.num_sms;
+  // The bits are the same with any number of heads and buffers.
   ForShape(shape, [&]<typename T, int kHeadDim>() {
+    const auto fits = [&](int heads, int buffers) {
+      return Layout<kHeadDim>::Shared(heads, buffers) <= context.max_shared_bytes;
+    };
     if constexpr (kHeadDim <= 128) {
-      // Pairs of heads, where they leave two blocks for every SM; the bits are the same.
-      const int64_t pairs = static_cast<int64_t>(step.num_prefill_tiles) * shape.num_heads / 2;
-      if (params.group % 2 == 0 && pairs >= 2 * context.num_sms &&
-          Layout<kHeadDim>::Shared(2) <= context.max_shared_bytes) {
-        return LaunchPrefill<T, kHeadDim, 2>(context, params, shape.num_heads);
+      if (params.group % 2 == 0 && blocks / 2 >= few && fits(2, 2)) {
+        return LaunchPrefill<T, kHeadDim, 2, 2>(context, params, shape.num_heads);
+      }
+      if (blocks <= few && fits(1, 2)) {
+        return LaunchPrefill<T, kHeadDim, 1, 2>(context, params, shape.num_heads);
       }
     }
-    LaunchPrefill<T, kHeadDim, 1>(context, params, shape.num_heads);
+    LaunchPrefill<T, kHeadDim, 1, 1>(context, params, shape.num_heads);
   });
 }
 

@@ -232,6 +232,7 @@ __device__ void Store(const MatMulParams& p, int row_block, int row_warp, int k_
                       float* exchange, const Accumulators<kTokenTiles>& acc) {
   constexpr int kWarpFloats = kTokenTiles * 4 * 32;
   float* mine = exchange + row_warp * kWarpFloats + threadIdx.x % 32;
+  Epilogue<T> epilogue(p.out, p.w.order);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     __syncthreads();
@@ -243,14 +244,18 @@ __device__ void Store(const MatMulParams& p, int row_block, int row_warp, int k_
       }
     }
     __syncthreads();
+    const int g = threadIdx.x % 8, warp = threadIdx.x / 8 % kRowWarps;
+    const int tile = row_block * kTiles + 2 * warp + i;
+    if (tile >= p.w.tiles) continue;
+    epilogue.SetRows(p.w.order.LowRow(tile, g));
 #pragma unroll 1
-    for (int at = threadIdx.x; at < kRowWarps * 8 * p.in.rows; at += kThreads) {
-      const int g = at % 8, warp = at / 8 % kRowWarps, token = at / (8 * kRowWarps);
-      const int tile = row_block * kTiles + 2 * warp + i;
-      if (tile >= p.w.tiles) continue;
+    for (int token = threadIdx.x / (8 * kRowWarps); token < p.in.rows;
+         token += kThreads / (8 * kRowWarps)) {
       const float* low =
           exchange + warp * kWarpFloats + (token / 8 * 4 + token % 2) * 32 + g * 4 + token % 8 / 2;
-      Finish<T>(p.out, p.w.order, token, p.w.order.LowRow(tile, g), low[0], low[2 * 32]);
+      epilogue.SetToken(token);
+      epilogue.Prefetch();
+      epilogue.Store(low[0], low[2 * 32]);
     }
   }
 }

@@ -9,9 +9,13 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kDepth = 6;  // Records of a warp under way
-constexpr int kBlocksPerSm = 2;
-constexpr int kReduceFloats = kWarps * kTileRows * kSmallRows;
+constexpr int kDepth = 4;  // Records of a warp under way
+constexpr int kBlocksPerSm = 3;
+// Sums of a tile: [warp][token][row], strides such that neither writing nor adding up meets a bank
+// twice.
+constexpr int kTokenFloats = 20;
+constexpr int kPlaneFloats = 8 * kTokenFloats + 4;
+constexpr int kReduceFloats = kWarps * kPlaneFloats;
 
 // Bytes of a row of x in shared memory: a warp reads 64 bytes of each of 8 rows at once, which
 // meets all banks when rows are 64 bytes off a multiple of 128.
@@ -290,11 +294,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   __syncthreads();
 
+  // Warp i ends the work on token i: four lanes a pair of rows, each adds up two planes.
+  Epilogue<T> epilogue(p.out, p.w.order);
+  const bool ends = warp < p.in.rows;
+  if (ends) epilogue.SetToken(warp);
+
   const int x_row = min(lane / 4, p.in.rows - 1);  // Columns beyond the rows of x are not stored
   const uint8_t* x = shared + layout.x + x_row * XRowBytes(p.w.k) + lane % 4 * 16;
   int slot = 0, buffer = 0;
   for (int tile = static_cast<int>(blockIdx.x); tile < p.w.tiles;
        tile += static_cast<int>(gridDim.x)) {
+    if (ends) {
+      epilogue.SetRows(p.w.order.LowRow(tile, lane / 4));
+      epilogue.Prefetch();
+    }
     float acc[4] = {};
     for (int record = warp; record < p.w.records; record += kWarps) {
       WaitForCopies<kDepth - 1>();
@@ -306,25 +319,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       NextRecord<kFormat>(p.w, warp, ahead);
       slot = slot + 1 == kDepth ? 0 : slot + 1;
     }
-    // [row][column of the B operand], one plane a warp. Two buffers: the one of this tile is
-    // written again only after the barrier of the next.
-    float* plane = reduce + buffer * kReduceFloats + warp * kTileRows * kSmallRows;
-    auto* low = reinterpret_cast<float2*>(plane + lane / 4 * kSmallRows + lane % 4 * 2);
-    low[0] = make_float2(acc[0], acc[1]);
-    low[8 * kSmallRows / 2] = make_float2(acc[2], acc[3]);
+    // Two buffers: the one of this tile is written again only after the barrier of the next.
+    float* sums = reduce + buffer * kReduceFloats;
+    float* mine = sums + warp * kPlaneFloats + lane % 4 * 2 * kTokenFloats + lane / 4;
+    mine[0] = acc[0], mine[kTokenFloats] = acc[1];
+    mine[8] = acc[2], mine[kTokenFloats + 8] = acc[3];
     __syncthreads();
-    if (threadIdx.x < 64) {
-      const int token = threadIdx.x / 8, g = threadIdx.x % 8;
-      if (token < p.in.rows) {
-        const float* sums = reduce + buffer * kReduceFloats + g * kSmallRows + token;
-        float low_sum = 0.0f, high_sum = 0.0f;
+    if (ends) {
+      const float* two = sums + lane % 4 * 2 * kPlaneFloats + warp * kTokenFloats + lane / 4;
+      float low = two[0] + two[kPlaneFloats], high = two[8] + two[kPlaneFloats + 8];
 #pragma unroll
-        for (int i = 0; i < kWarps; ++i) {
-          low_sum += sums[i * kTileRows * kSmallRows];
-          high_sum += sums[i * kTileRows * kSmallRows + 8 * kSmallRows];
-        }
-        Finish<T>(p.out, p.w.order, token, p.w.order.LowRow(tile, g), low_sum, high_sum);
+      for (int offset = 1; offset < 4; offset *= 2) {
+        low += __shfl_xor_sync(0xffffffffu, low, offset);
+        high += __shfl_xor_sync(0xffffffffu, high, offset);
       }
+      if (lane % 4 == 0) epilogue.Store(low, high);
     }
     buffer ^= 1;
   }
@@ -341,7 +350,8 @@ void LaunchSmall(const LaunchContext& context, const MatMulParams& params) {
     return true;
   }();
   SLUICE_CHECK(allowed && shared <= context.max_shared_bytes) << shared;
-  const int per_sm = 2 * (shared + 1024) <= context.max_shared_bytes + 1024 ? kBlocksPerSm : 1;
+  const auto fitting = static_cast<int>((context.max_shared_bytes + 1024) / (shared + 1024));
+  const int per_sm = std::clamp(fitting, 1, kBlocksPerSm);
   const int blocks = std::min(params.w.tiles, context.num_sms * per_sm);
   Launch(context, kernel, dim3(blocks), dim3(kThreads), shared, params);
 }
