@@ -3,7 +3,7 @@
 // serves kHeads products. Tiles of keys come through shared memory, with kBuffers = 2 a whole tile
 // ahead, with 1 (more blocks on an SM) as soon as the tile before has been used; scores,
 // softmax and output stay in registers.
-#include "kernels/cuda/attention_device.h"
+#include "kernels/cuda/attention_prefill.h"
 
 namespace sluice {
 namespace {
@@ -11,19 +11,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kRows = kPrefillTileRows;
-constexpr float kLowest = -1e30f;
 static_assert(kRows == 16 * kWarps);
-
-struct PrefillParams {
-  DeviceStep step;
-  const void* qkv;
-  const void* k;
-  const void* v;
-  void* out;
-  int64_t qkv_stride, out_stride;
-  int num_kv_heads, block_size, group;
-  float scale;  // Times log2(e)
-};
 
 template <int kHeadDim>
 struct Layout {
@@ -70,64 +58,6 @@ struct KeySource {
     }
   }
 };
-
-// Running softmax of one warp and head: rows lane / 4 and lane / 4 + 8.
-template <typename T, int kHeadDim>
-struct RowState {
-  float max[2] = {kLowest, kLowest};
-  float sum[2] = {0.0f, 0.0f};  // The lane's own share
-  float out[kHeadDim / 8][4];
-
-  __device__ RowState() {
-#pragma unroll
-    for (auto& tile : out) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
-  }
-
-  // Turns the scores of a tile of keys into weights, relative to the new maximum.
-  template <int kTiles>
-  __device__ __forceinline__ void Update(float (&s)[kTiles][4], float scale) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float highest = s[0][2 * r];
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        highest = fmaxf(highest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
-      }
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-      highest = fmaxf(highest * scale, max[r]);
-      if (__any_sync(0xffffffffu, highest > max[r])) {
-        const float factor = Exp2(max[r] - highest);
-        max[r] = highest;
-        sum[r] *= factor;
-#pragma unroll
-        for (auto& tile : out) {
-          tile[2 * r] *= factor;
-          tile[2 * r + 1] *= factor;
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        s[n][2 * r] = Exp2(fmaf(s[n][2 * r], scale, -max[r]));
-        s[n][2 * r + 1] = Exp2(fmaf(s[n][2 * r + 1], scale, -max[r]));
-        sum[r] += s[n][2 * r] + s[n][2 * r + 1];
-      }
-    }
-  }
-};
-
-// Scores of keys behind the row's own position become lowest. `above`: keys minus position of the
-// lane's first element.
-template <int kTiles>
-__device__ __forceinline__ void MaskCausal(float (&s)[kTiles][4], int above) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (above + 8 * n + i % 2 - i / 2 * 8 > 0) s[n][i] = kLowest;
-    }
-  }
-}
 
 template <typename T, int kHeadDim, int kHeads, int kBuffers>
 __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p) {
@@ -262,22 +192,9 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
 
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = rows[h].sum[r];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      const float inverse = 1.0f / sum;
-      const int row = 16 * warp + lane / 4 + 8 * r;
-      if (row >= tile.num_rows) continue;
-      auto* out = reinterpret_cast<uint32_t*>(
-          static_cast<T*>(p.out) + (tile.row_begin + row) * p.out_stride +
-          static_cast<int64_t>(head + h) * kHeadDim + 2 * (lane % 4));
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        out[4 * n] = Pack<T>(rows[h].out[n][2 * r] * inverse, rows[h].out[n][2 * r + 1] * inverse);
-      }
-    }
+    T* out = static_cast<T*>(p.out) + (tile.row_begin + 16 * warp) * p.out_stride +
+             static_cast<int64_t>(head + h) * kHeadDim;
+    StoreRows(rows[h], tile.num_rows - 16 * warp, out, p.out_stride);
   }
 }
 
@@ -308,6 +225,7 @@ void PrefillAttention(const LaunchContext& context, const DeviceStep& step,
   params.block_size = shape.block_size;
   params.group = shape.num_heads / shape.num_kv_heads;
   params.scale = shape.scale * kLog2E;
+  if (LaunchPrefillSm90(context, shape, params)) return;
   const int64_t blocks = static_cast<int64_t>(step.num_prefill_tiles) * shape.num_heads;
   const int64_t few = 2 * context.num_sms;
   // The bits are the same with any number of heads and buffers.
