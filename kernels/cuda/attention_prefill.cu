@@ -59,11 +59,81 @@ struct KeySource {
   }
 };
 
+// Starts the copies of the tile's rows of q, all heads of the block; zeros behind the last row.
+template <typename T, int kHeadDim, int kHeads>
+__device__ __forceinline__ void FetchQueries(const PrefillParams& p, const PrefillTile& tile,
+                                             int head, uint32_t q_shared) {
+  using L = Layout<kHeadDim>;
+  constexpr int kChunks = kHeadDim / 8;
+  const T* q = static_cast<const T*>(p.qkv) + tile.row_begin * p.qkv_stride +
+               static_cast<int64_t>(head) * kHeadDim;
+#pragma unroll
+  for (int i = 0; i < kHeads * kRows * kChunks / kThreads; ++i) {
+    const int chunk = threadIdx.x + i * kThreads;
+    const int row = chunk / (kHeads * kChunks);
+    const int column = chunk % (kHeads * kChunks);
+    CopyAsync16(
+        q_shared + column / kChunks * L::kQueryBytes + row * L::kStride + column % kChunks * 16,
+        q + min(row, tile.num_rows - 1) * p.qkv_stride + column * 8, row < tile.num_rows);
+  }
+}
+
+// s += q times K of a tile; `q` and `k` are where the lane's row of a matrix lies in the first.
+template <typename T, int kHeadDim, int kHeads, int kKeyTiles>
+__device__ __forceinline__ void Score(uint32_t q, uint32_t k, float (&s)[kHeads][kKeyTiles][4]) {
+  using L = Layout<kHeadDim>;
+#pragma unroll
+  for (int j = 0; j < kHeadDim / 16; ++j) {
+    uint32_t a[kHeads][4];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      LoadMatrices(a[h], q + h * L::kQueryBytes + 32 * j);
+    }
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; n += 2) {
+      uint32_t b[4];
+      LoadMatrices(b, k + n * 8 * L::kStride + 32 * j);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        Mma<T>(s[h][n], a[h][0], a[h][1], a[h][2], a[h][3], b[0], b[1]);
+        Mma<T>(s[h][n + 1], a[h][0], a[h][1], a[h][2], a[h][3], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Adds weights (the scores of a tile after the softmax) times V of the tile.
+template <typename T, int kHeadDim, int kHeads, int kKeyTiles>
+__device__ __forceinline__ void AddValues(const float (&s)[kHeads][kKeyTiles][4], uint32_t v,
+                                          RowState<T, kHeadDim> (&rows)[kHeads]) {
+  using L = Layout<kHeadDim>;
+#pragma unroll
+  for (int n = 0; n < kKeyTiles; n += 2) {
+    uint32_t a[kHeads][4];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      a[h][0] = Pack<T>(s[h][n][0], s[h][n][1]);
+      a[h][1] = Pack<T>(s[h][n][2], s[h][n][3]);
+      a[h][2] = Pack<T>(s[h][n + 1][0], s[h][n + 1][1]);
+      a[h][3] = Pack<T>(s[h][n + 1][2], s[h][n + 1][3]);
+    }
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 16; ++j) {
+      uint32_t b[4];
+      LoadMatricesTransposed(b, v + n * 8 * L::kStride + 32 * j);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        Mma<T>(rows[h].out[2 * j], a[h][0], a[h][1], a[h][2], a[h][3], b[0], b[1]);
+        Mma<T>(rows[h].out[2 * j + 1], a[h][0], a[h][1], a[h][2], a[h][3], b[2], b[3]);
+      }
+    }
+  }
+}
+
 template <typename T, int kHeadDim, int kHeads, int kBuffers>
 __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p) {
   using L = Layout<kHeadDim>;
   constexpr int kKeyTiles = L::kKeys / 8;
-  constexpr int kChunks = kHeadDim / 8;
   extern __shared__ __align__(128) uint8_t shared[];
   LetNextStart();
   WaitForPrevious();
@@ -79,21 +149,11 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
       p.num_kv_heads, p.block_size};
   const T* k = static_cast<const T*>(p.k);
   const T* v = static_cast<const T*>(p.v);
-  const T* q = static_cast<const T*>(p.qkv) + tile.row_begin * p.qkv_stride +
-               static_cast<int64_t>(head) * kHeadDim;
   const uint32_t q_shared = SharedAddress(shared);
   const uint32_t k_shared = q_shared + kHeads * L::kQueryBytes;
   const uint32_t v_shared = k_shared + kBuffers * L::kTileBytes;
 
-#pragma unroll
-  for (int i = 0; i < kHeads * kRows * kChunks / kThreads; ++i) {
-    const int chunk = threadIdx.x + i * kThreads;
-    const int row = chunk / (kHeads * kChunks);
-    const int column = chunk % (kHeads * kChunks);
-    CopyAsync16(
-        q_shared + column / kChunks * L::kQueryBytes + row * L::kStride + column % kChunks * 16,
-        q + min(row, tile.num_rows - 1) * p.qkv_stride + column * 8, row < tile.num_rows);
-  }
+  FetchQueries<T, kHeadDim, kHeads>(p, tile, head, q_shared);
   uint32_t located = keys.Locate(0);
   keys.Fetch(k, 0, located, k_shared);
   CommitCopies();
@@ -132,24 +192,7 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
     }
 
     float s[kHeads][kKeyTiles][4] = {};
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 16; ++j) {
-      uint32_t a[kHeads][4];
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        LoadMatrices(a[h], q_fragment + h * L::kQueryBytes + 32 * j);
-      }
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; n += 2) {
-        uint32_t b[4];
-        LoadMatrices(b, k_tile + k_fragment + n * 8 * L::kStride + 32 * j);
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-          Mma<T>(s[h][n], a[h][0], a[h][1], a[h][2], a[h][3], b[0], b[1]);
-          Mma<T>(s[h][n + 1], a[h][0], a[h][1], a[h][2], a[h][3], b[2], b[3]);
-        }
-      }
-    }
+    Score<T, kHeadDim, kHeads>(q_fragment, k_tile + k_fragment, s);
     if (kBuffers == 1) {
       __syncthreads();  // Everyone is done with K
       fetch_next_k();
@@ -167,27 +210,7 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
       if (more) keys.Fetch(v, next, located, v_shared + next_buffer);
       CommitCopies();
     }
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; n += 2) {
-      uint32_t a[kHeads][4];
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        a[h][0] = Pack<T>(s[h][n][0], s[h][n][1]);
-        a[h][1] = Pack<T>(s[h][n][2], s[h][n][3]);
-        a[h][2] = Pack<T>(s[h][n + 1][0], s[h][n + 1][1]);
-        a[h][3] = Pack<T>(s[h][n + 1][2], s[h][n + 1][3]);
-      }
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 16; ++j) {
-        uint32_t b[4];
-        LoadMatricesTransposed(b, v_tile + v_fragment + n * 8 * L::kStride + 32 * j);
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-          Mma<T>(rows[h].out[2 * j], a[h][0], a[h][1], a[h][2], a[h][3], b[0], b[1]);
-          Mma<T>(rows[h].out[2 * j + 1], a[h][0], a[h][1], a[h][2], a[h][3], b[2], b[3]);
-        }
-      }
-    }
+    AddValues<T, kHeadDim, kHeads>(s, v_tile + v_fragment, rows);
   }
 
 #pragma unroll
@@ -226,19 +249,13 @@ void PrefillAttention(const LaunchContext& context, const DeviceStep& step,
   params.group = shape.num_heads / shape.num_kv_heads;
   params.scale = shape.scale * kLog2E;
   if (LaunchPrefillSm90(context, shape, params)) return;
-  const int64_t blocks = static_cast<int64_t>(step.num_prefill_tiles) * shape.num_heads;
-  const int64_t few = 2 * context.num_sms;
-  // The bits are the same with any number of heads and buffers.
+  // Pairs of heads where they leave two blocks for every SM; the bits are the same.
+  const int64_t pairs = static_cast<int64_t>(step.num_prefill_tiles) * shape.num_heads / 2;
   ForShape(shape, [&]<typename T, int kHeadDim>() {
-    const auto fits = [&](int heads, int buffers) {
-      return Layout<kHeadDim>::Shared(heads, buffers) <= context.max_shared_bytes;
-    };
     if constexpr (kHeadDim <= 128) {
-      if (params.group % 2 == 0 && blocks / 2 >= few && fits(2, 2)) {
+      if (params.group % 2 == 0 && pairs >= 2 * context.num_sms &&
+          Layout<kHeadDim>::Shared(2, 2) <= context.max_shared_bytes) {
         return LaunchPrefill<T, kHeadDim, 2, 2>(context, params, shape.num_heads);
-      }
-      if (blocks <= few && fits(1, 2)) {
-        return LaunchPrefill<T, kHeadDim, 1, 2>(context, params, shape.num_heads);
       }
     }
     LaunchPrefill<T, kHeadDim, 1, 1>(context, params, shape.num_heads);

@@ -23,8 +23,6 @@ struct PrefillParams {
 bool LaunchPrefillSm90(const LaunchContext& context, const AttentionShape& shape,
                        const PrefillParams& params);
 
-inline constexpr float kLowest = -1e30f;
-
 // Running softmax of one warp and head: rows lane / 4 and lane / 4 + 8.
 template <typename T, int kHeadDim>
 struct RowState {

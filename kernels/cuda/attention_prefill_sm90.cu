@@ -5,124 +5,15 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention_prefill.h"
+#include "kernels/cuda/wgmma.h"
 
 namespace sluice {
 namespace {
 
 constexpr int kRows = kPrefillTileRows;
 constexpr int kGroupThreads = 128;  // A warpgroup
-constexpr int kPairKeys = 64;       // Of a tile
+constexpr int kKeysOfTile = 64;
 static_assert(kRows == 64);
-
-// clang-format off
-#define SLUICE_WGMMA_SS_64(type)\
-asm volatile(\
-"{ .reg .pred p; setp.ne.b32 p, %34, 0; "\
-"wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {"\
-"%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "\
-"%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "\
-"%32, %33, p, 1, 1, 0, 0; }"\
-: "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])\
-: "l"(a), "l"(b), "r"(accumulate))
-#define SLUICE_WGMMA_RS_64(type)\
-asm volatile(\
-"{ .reg .pred p; setp.ne.b32 p, %37, 0; "\
-"wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {"\
-"%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "\
-"%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "\
-"{%32, %33, %34, %35}, %36, p, 1, 1, 1; }"\
-: "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])\
-: "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
-#define SLUICE_WGMMA_SS_128(type)\
-asm volatile(\
-"{ .reg .pred p; setp.ne.b32 p, %66, 0; "\
-"wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"\
-"%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "\
-"%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "\
-"%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "\
-"%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "\
-"%64, %65, p, 1, 1, 0, 0; }"\
-: "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]), "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]), "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]), "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])\
-: "l"(a), "l"(b), "r"(accumulate))
-#define SLUICE_WGMMA_RS_128(type)\
-asm volatile(\
-"{ .reg .pred p; setp.ne.b32 p, %69, 0; "\
-"wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"\
-"%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "\
-"%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "\
-"%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "\
-"%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "\
-"{%64, %65, %66, %67}, %68, p, 1, 1, 1; }"\
-: "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]), "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]), "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]), "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])\
-: "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
-// clang-format on
-
-// d [64, 8 * kTiles] (+)= a [64, 16] * b [16, 8 * kTiles], both in shared memory, rows of K elements.
-template <typename T, int kTiles>
-__device__ __forceinline__ void MultiplyShared(float (&d)[kTiles][4], uint64_t a, uint64_t b,
-                                               int accumulate) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  static_assert(kTiles == 8 || kTiles == 16);
-  if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kTiles == 8) SLUICE_WGMMA_SS_64("f16");
-    if constexpr (kTiles == 16) SLUICE_WGMMA_SS_128("f16");
-  } else {
-    if constexpr (kTiles == 8) SLUICE_WGMMA_SS_64("bf16");
-    if constexpr (kTiles == 16) SLUICE_WGMMA_SS_128("bf16");
-  }
-#endif
-}
-
-// d [64, 8 * kTiles] += a [64, 16] in registers * b [16, 8 * kTiles], rows of b next to each other.
-template <typename T, int kTiles>
-__device__ __forceinline__ void MultiplyRegisters(float (&d)[kTiles][4], const uint32_t (&a)[4],
-                                                  uint64_t b) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  static_assert(kTiles == 8 || kTiles == 16);
-  if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kTiles == 8) SLUICE_WGMMA_RS_64("f16");
-    if constexpr (kTiles == 16) SLUICE_WGMMA_RS_128("f16");
-  } else {
-    if constexpr (kTiles == 8) SLUICE_WGMMA_RS_64("bf16");
-    if constexpr (kTiles == 16) SLUICE_WGMMA_RS_128("bf16");
-  }
-#endif
-}
-
-// Before the first product after ordinary writes of its registers.
-__device__ __forceinline__ void BeginProducts() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
-}
-// Waits for all products.
-__device__ __forceinline__ void EndProducts() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#endif
-}
-// Keeps the compiler from moving uses of registers across a wait.
-template <int kTiles>
-__device__ __forceinline__ void Pin(float (&d)[kTiles][4]) {
-#pragma unroll
-  for (auto& tile : d) {
-    asm volatile("" : "+f"(tile[0]), "+f"(tile[1]), "+f"(tile[2]), "+f"(tile[3])::"memory");
-  }
-}
-// Makes shared memory that this thread has written visible to the tensor cores.
-__device__ __forceinline__ void PublishToTensorCores() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// Groups of 8 rows are 1024 bytes apart, panels `panel_bytes`.
-__device__ __forceinline__ uint64_t Descriptor(uint32_t shared, int panel_bytes) {
-  return static_cast<uint64_t>((shared & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(panel_bytes >> 4) << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
-}
 
 template <int kHeadDim, int kHeads, int kKeys>
 struct Sm90Layout {
@@ -159,11 +50,69 @@ __device__ __forceinline__ void FetchKeys(const PrefillParams& p, const int32_t*
   CommitCopies();
 }
 
+// Starts the copies of the tile's rows of q, all heads of the block; zeros behind the last row.
 template <typename T, int kHeadDim, int kHeads, int kKeys>
-__global__ void __launch_bounds__(kHeads* kGroupThreads, 1) Sm90Kernel(const PrefillParams p) {
+__device__ __forceinline__ void FetchQueries(const PrefillParams& p, const PrefillTile& tile,
+                                             int first_head, uint32_t shared) {
   using L = Sm90Layout<kHeadDim, kHeads, kKeys>;
   constexpr int kChunks = kHeadDim / 8;
   constexpr int kThreads = kHeads * kGroupThreads;
+  const T* q = static_cast<const T*>(p.qkv) + tile.row_begin * p.qkv_stride +
+               static_cast<int64_t>(first_head) * kHeadDim;
+#pragma unroll
+  for (int i = 0; i < kHeads * kRows * kChunks / kThreads; ++i) {
+    const int chunk = threadIdx.x + i * kThreads;
+    const int row = chunk / (kHeads * kChunks);
+    const int column = chunk % (kHeads * kChunks);
+    CopyAsync16(shared + column / kChunks * L::kQueryBytes + L::Place(kRows, row, column % kChunks),
+                q + min(row, tile.num_rows - 1) * p.qkv_stride + column * 8, row < tile.num_rows);
+  }
+}
+
+// s = the warpgroup's q times K of a tile.
+template <typename T, int kHeadDim, int kKeys>
+__device__ __forceinline__ void Score(uint32_t q, uint32_t k, float (&s)[kKeys / 8][4]) {
+  Pin(s);
+  BeginProducts();
+#pragma unroll
+  for (int j = 0; j < kHeadDim / 16; ++j) {
+    const int in_panel = j % 4 * 32;
+    MultiplyShared<T>(s, Descriptor(q + j / 4 * (kRows * 128) + in_panel, 16),
+                      Descriptor(k + j / 4 * (kKeys * 128) + in_panel, 16), j > 0);
+  }
+  EndProducts();
+  Pin(s);
+}
+
+// out += weights (the scores of a tile after the softmax) times V of the tile.
+template <typename T, int kHeadDim, int kKeys>
+__device__ __forceinline__ void AddValues(const float (&s)[kKeys / 8][4], uint32_t v,
+                                          float (&out)[kHeadDim / 8][4]) {
+  uint32_t weights[kKeys / 16][4];
+#pragma unroll
+  for (int n = 0; n < kKeys / 16; ++n) {
+    weights[n][0] = Pack<T>(s[2 * n][0], s[2 * n][1]);
+    weights[n][1] = Pack<T>(s[2 * n][2], s[2 * n][3]);
+    weights[n][2] = Pack<T>(s[2 * n + 1][0], s[2 * n + 1][1]);
+    weights[n][3] = Pack<T>(s[2 * n + 1][2], s[2 * n + 1][3]);
+  }
+  Pin(out);
+  BeginProducts();
+#pragma unroll
+  for (int n = 0; n < kKeys / 16; ++n) {
+    MultiplyRegisters<T>(out, weights[n], Descriptor(v + n * 2048, kKeys * 128));
+  }
+  EndProducts();
+  Pin(out);
+#pragma unroll
+  for (auto& four : weights) {
+    asm volatile("" : "+r"(four[0]), "+r"(four[1]), "+r"(four[2]), "+r"(four[3])::"memory");
+  }
+}
+
+template <typename T, int kHeadDim, int kHeads, int kKeys>
+__global__ void __launch_bounds__(kHeads* kGroupThreads, 2) Sm90Kernel(const PrefillParams p) {
+  using L = Sm90Layout<kHeadDim, kHeads, kKeys>;
   extern __shared__ __align__(1024) uint8_t shared[];
   LetNextStart();
   WaitForPrevious();
@@ -177,28 +126,16 @@ __global__ void __launch_bounds__(kHeads* kGroupThreads, 1) Sm90Kernel(const Pre
   const int length = tile.start_pos + tile.num_rows;
   const int kv_head = first_head / p.group;
   const int32_t* table = p.step.block_tables + tile.sequence * p.step.block_table_stride;
-  const T* q = static_cast<const T*>(p.qkv) + tile.row_begin * p.qkv_stride +
-               static_cast<int64_t>(first_head) * kHeadDim;
   const uint32_t q_shared = (SharedAddress(shared) + 1023) / 1024 * 1024;
   const uint32_t kv_shared = q_shared + kHeads * L::kQueryBytes;
-#pragma unroll
-  for (int i = 0; i < kHeads * kRows * kChunks / kThreads; ++i) {
-    const int chunk = threadIdx.x + i * kThreads;
-    const int row = chunk / (kHeads * kChunks);
-    const int column = chunk % (kHeads * kChunks);
-    CopyAsync16(
-        q_shared + column / kChunks * L::kQueryBytes + L::Place(kRows, row, column % kChunks),
-        q + min(row, tile.num_rows - 1) * p.qkv_stride + column * 8, row < tile.num_rows);
-  }
+  FetchQueries<T, kHeadDim, kHeads, kKeys>(p, tile, first_head, q_shared);
   FetchKeys<T, kHeadDim, kHeads, kKeys>(p, table, kv_head, 0, length, kv_shared);
 
-  const uint32_t q_own = q_shared + group * L::kQueryBytes;
   const int warp_position = tile.start_pos + 16 * warp;
   RowState<T, kHeadDim> rows;
   const int num_tiles = (length + kKeys - 1) / kKeys;
   for (int t = 0; t < num_tiles; ++t) {
     const uint32_t k_tile = kv_shared + t % 2 * (2 * L::kTileBytes);
-    const uint32_t v_tile = k_tile + L::kTileBytes;
     WaitForCopies<0>();
     PublishToTensorCores();
     __syncthreads();  // The tile is there, and everyone is done with the one before
@@ -207,40 +144,12 @@ __global__ void __launch_bounds__(kHeads* kGroupThreads, 1) Sm90Kernel(const Pre
                                             kv_shared + (t + 1) % 2 * (2 * L::kTileBytes));
     }
     float s[kKeys / 8][4];
-    Pin(s);
-    BeginProducts();
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 16; ++j) {
-      const int in_panel = j % 4 * 32;
-      MultiplyShared<T>(s, Descriptor(q_own + j / 4 * (kRows * 128) + in_panel, 16),
-                        Descriptor(k_tile + j / 4 * (kKeys * 128) + in_panel, 16), j > 0);
-    }
-    EndProducts();
-    Pin(s);
+    Score<T, kHeadDim, kKeys>(q_shared + group * L::kQueryBytes, k_tile, s);
     if ((t + 1) * kKeys - 1 > warp_position) {
       MaskCausal(s, t * kKeys + 2 * (lane % 4) - warp_position - lane / 4);
     }
     rows.Update(s, p.scale);
-    uint32_t weights[kKeys / 16][4];
-#pragma unroll
-    for (int n = 0; n < kKeys / 16; ++n) {
-      weights[n][0] = Pack<T>(s[2 * n][0], s[2 * n][1]);
-      weights[n][1] = Pack<T>(s[2 * n][2], s[2 * n][3]);
-      weights[n][2] = Pack<T>(s[2 * n + 1][0], s[2 * n + 1][1]);
-      weights[n][3] = Pack<T>(s[2 * n + 1][2], s[2 * n + 1][3]);
-    }
-    Pin(rows.out);
-    BeginProducts();
-#pragma unroll
-    for (int n = 0; n < kKeys / 16; ++n) {
-      MultiplyRegisters<T>(rows.out, weights[n], Descriptor(v_tile + n * 2048, kKeys * 128));
-    }
-    EndProducts();
-    Pin(rows.out);
-#pragma unroll
-    for (auto& four : weights) {
-      asm volatile("" : "+r"(four[0]), "+r"(four[1]), "+r"(four[2]), "+r"(four[3])::"memory");
-    }
+    AddValues<T, kHeadDim, kKeys>(s, k_tile + L::kTileBytes, rows.out);
   }
   T* out = static_cast<T*>(p.out) + (tile.row_begin + 16 * warp) * p.out_stride +
            static_cast<int64_t>(first_head + group) * kHeadDim;
@@ -264,9 +173,9 @@ template <typename T, int kHeadDim>
 bool LaunchHeads(const LaunchContext& context, const PrefillParams& params, int num_heads) {
   const int64_t pairs = static_cast<int64_t>(params.step.num_prefill_tiles) * num_heads / 2;
   if (params.group % 2 == 0 && pairs >= context.num_sms) {
-    return Launch90<T, kHeadDim, 2, kPairKeys>(context, params, num_heads);
+    return Launch90<T, kHeadDim, 2, kKeysOfTile>(context, params, num_heads);
   }
-  return Launch90<T, kHeadDim, 1, kPairKeys>(context, params, num_heads);
+  return Launch90<T, kHeadDim, 1, kKeysOfTile>(context, params, num_heads);
 }
 
 template <typename T>
