@@ -14,6 +14,7 @@
 namespace sluice {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLowest = -1e30f;  // Score of a key that is not seen
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -139,7 +139,7 @@ __device__ __forceinline__ void MultiplyStage(const WeightParams& w, const uint8
     if (block == 0 || (step & (w.steps_per_granule - 1)) == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        state[i] = LoadGranule<T, kFormat>(
+        state[i] = LoadGranule<T, kFormat, /*kScaled=*/true>(
             records[i] + kRecordCodeBytes + step / w.steps_per_granule * GranuleBytes(kFormat),
             lane / 4);
       }

@@ -450,22 +450,25 @@ TEST_F(CudaAttention, FitsInto99KiB) {
   }
 }
 
-// A pair of heads of a block has the bits of one head of a block with one buffer.
-TEST_F(CudaAttention, HeadsOfABlockChangeNothing) {
+// Many tiles: blocks of two heads. Where the kernel is the same, they have the bits of blocks of one
+// head; how much shared memory there is decides on kernel and block.
+TEST_F(CudaAttention, ManyPrefillTiles) {
   for (const int head_dim : {32, 64, 80, 96, 128}) {
     for (const DType dtype : {DType::kF16, DType::kBF16}) {
       SCOPED_TRACE(head_dim);
       const AttentionShape shape = {16, 8, head_dim, 16, 0.09f, dtype};
       const Step step = MakeStep(shape, std::vector<Rows>(34, {100, 64}), 0, 3);
-      DeviceRun pairs(step);
-      pairs.Rope();
-      DeviceRun single(step, 16 << 10);
-      single.Rope();
-      const Results results(pairs, pairs.Attend());
-      EXPECT_TRUE(results.out == single.Attend());
-      for (const int row : {0, 70, step.rows() - 1}) {
-        for (const int head : {0, 15}) CheckHead(step, results, row, head);
+      std::vector<std::vector<uint16_t>> outs;
+      for (const int shared : {16 << 10, 160 << 10, 0}) {
+        DeviceRun run(step, shared);
+        run.Rope();
+        const Results results(run, run.Attend());
+        for (const int row : {0, 70, step.rows() - 1}) {
+          for (const int head : {0, 15}) CheckHead(step, results, row, head);
+        }
+        outs.push_back(results.out);
       }
+      EXPECT_TRUE(outs[0] == outs[1]);
     }
   }
 }
