@@ -14,7 +14,7 @@
 // adds them up in order of the keys. Which block takes an item changes no bit.
 #include <algorithm>
 
-#include "kernels/cuda/attention_decode_merge.h"
+#include "kernels/cuda/attention_decode_merge.cuh"
 
 namespace sluice {
 namespace {
