@@ -1,5 +1,5 @@
-// What an item of flash decode (attention_decode.cu) ends with: the sum over the warps of a block and
-// over the parts of a row. Included by .cu files only.
+// What an item of flash decode (attention_decode.cu) ends with: the sum over the warps of a block
+// and over the parts of a row. Included by .cu files only.
 #pragma once
 
 #include "kernels/cuda/attention_decode_rows.cuh"

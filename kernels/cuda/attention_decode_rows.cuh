@@ -1,5 +1,5 @@
-// What an item of flash decode (attention_decode.cu) begins with: its queries and, for the last part of
-// a row, the newest key and value, turned on the way. Included by .cu files only.
+// What an item of flash decode (attention_decode.cu) begins with: its queries and, for the last
+// part of a row, the newest key and value, turned on the way. Included by .cu files only.
 #pragma once
 
 #include "kernels/cuda/attention_decode_tiles.cuh"
@@ -61,7 +61,8 @@ struct BlockState {
   bool last;
 };
 
-// Brings q, and for the last part the newest k and v, to state->rows; writes the latter to the cache.
+// Brings q, and for the last part the newest k and v, to state->rows; writes the latter to the
+// cache.
 template <typename T, int kHeadDim, int kWarps>
 __device__ __forceinline__ void LoadRows(const DecodeParams& p, const Work<kWarps>& work,
                                          BlockState<T, kHeadDim, kWarps>* state) {

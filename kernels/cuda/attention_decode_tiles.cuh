@@ -1,5 +1,6 @@
-// The inner half of flash decode (attention_decode.cu): which tiles of keys a warp of an item has, how
-// they come into shared memory, and a warp's running softmax over them. Included by .cu files only.
+// The inner half of flash decode (attention_decode.cu): which tiles of keys a warp of an item has,
+// how they come into shared memory, and a warp's running softmax over them. Included by .cu files
+// only.
 #pragma once
 
 #include "kernels/cuda/attention_device.cuh"

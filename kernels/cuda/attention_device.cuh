@@ -48,8 +48,8 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
-// Elements i and i + half_dim of a head turned by an angle, before rounding. Every kernel rounds the
-// same way, so that q and k have the same bits whoever turns them.
+// Elements i and i + half_dim of a head turned by an angle, before rounding. Every kernel rounds
+// the same way, so that q and k have the same bits whoever turns them.
 __device__ __forceinline__ float2 Turn(float first, float second, float cos, float sin) {
   return {__fmaf_rn(first, cos, -__fmul_rn(second, sin)),
           __fmaf_rn(second, cos, __fmul_rn(first, sin))};

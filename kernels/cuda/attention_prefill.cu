@@ -1,8 +1,8 @@
-// Flash prefill. A block takes the up to 64 rows of a tile and kHeads query heads of one KV head; each
-// of its four warps 16 rows of each head, so that a fragment of K or V read from shared memory
+// Flash prefill. A block takes the up to 64 rows of a tile and kHeads query heads of one KV head;
+// each of its four warps 16 rows of each head, so that a fragment of K or V read from shared memory
 // serves kHeads products. Tiles of keys come through shared memory, with kBuffers = 2 a whole tile
-// ahead, with 1 (more blocks on an SM) as soon as the tile before has been used; scores,
-// softmax and output stay in registers.
+// ahead, with 1 (more blocks on an SM) as soon as the tile before has been used; scores, softmax
+// and output stay in registers.
 #include "kernels/cuda/attention_prefill.cuh"
 
 namespace sluice {

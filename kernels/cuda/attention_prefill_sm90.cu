@@ -27,7 +27,8 @@ struct Sm90Layout {
   }
 };
 
-// Starts the copies of keys [first, first + kKeys), K to `shared`, V behind it; zeros behind the last.
+// Starts the copies of keys [first, first + kKeys), K to `shared`, V behind it; zeros behind the
+// last.
 template <typename T, int kHeadDim, int kHeads, int kKeys>
 __device__ __forceinline__ void FetchKeys(const PrefillParams& p, const int32_t* table, int kv_head,
                                           int first, int length, uint32_t shared) {

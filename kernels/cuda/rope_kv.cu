@@ -1,5 +1,5 @@
-// One thread an item: kVec elements of a head's first half and their partners of the second, or kVec
-// elements that are only copied.
+// One thread an item: kVec elements of a head's first half and their partners of the second, or
+// kVec elements that are only copied.
 #include "kernels/cuda/rope_kv.h"
 
 #include "kernels/cuda/attention_device.cuh"
