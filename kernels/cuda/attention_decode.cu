@@ -14,7 +14,7 @@
 // adds them up in order of the keys. Which block takes an item changes no bit.
 #include <algorithm>
 
-#include "kernels/cuda/attention_decode_merge.h"
+#include "kernels/cuda/attention_decode_merge.cuh"
 
 namespace sluice {
 namespace {
@@ -32,9 +32,9 @@ __device__ __forceinline__ void InsertNewest(const T (*rows)[kHeadDim + 8], uint
   }
 }
 
-// A warp's ring of tiles. The tiles of all items go round it; tile i of the current item lies in stage
-// first + i, and kStages - 1 tiles from the current one on are on their way, each in a group of its
-// own.
+// A warp's ring of tiles. The tiles of all items go round it; tile i of the current item lies in
+// stage first + i, and kStages - 1 tiles from the current one on are on their way, each in a group
+// of its own.
 template <int kHeadDim, int kStages>
 struct Ring {
   uint8_t* bytes;

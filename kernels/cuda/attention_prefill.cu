@@ -1,9 +1,9 @@
-// Flash prefill. A block takes the up to 64 rows of a tile and kHeads query heads of one KV head; each
-// of its four warps 16 rows of each head, so that a fragment of K or V read from shared memory
+// Flash prefill. A block takes the up to 64 rows of a tile and kHeads query heads of one KV head;
+// each of its four warps 16 rows of each head, so that a fragment of K or V read from shared memory
 // serves kHeads products. Tiles of keys come through shared memory, with kBuffers = 2 a whole tile
-// ahead, with 1 (more blocks on an SM) as soon as the tile before has been used; scores,
-// softmax and output stay in registers.
-#include "kernels/cuda/attention_prefill.h"
+// ahead, with 1 (more blocks on an SM) as soon as the tile before has been used; scores, softmax
+// and output stay in registers.
+#include "kernels/cuda/attention_prefill.cuh"
 
 namespace sluice {
 namespace {
@@ -95,8 +95,8 @@ __device__ __forceinline__ void Score(uint32_t q, uint32_t k, float (&s)[kHeads]
       LoadMatrices(b, k + n * 8 * L::kStride + 32 * j);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        Mma<T>(s[h][n], a[h][0], a[h][1], a[h][2], a[h][3], b[0], b[1]);
-        Mma<T>(s[h][n + 1], a[h][0], a[h][1], a[h][2], a[h][3], b[2], b[3]);
+        Mma<T>(s[h][n], a[h], b[0], b[1]);
+        Mma<T>(s[h][n + 1], a[h], b[2], b[3]);
       }
     }
   }
@@ -112,10 +112,10 @@ __device__ __forceinline__ void AddValues(const float (&s)[kHeads][kKeyTiles][4]
     uint32_t a[kHeads][4];
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      a[h][0] = Pack<T>(s[h][n][0], s[h][n][1]);
-      a[h][1] = Pack<T>(s[h][n][2], s[h][n][3]);
-      a[h][2] = Pack<T>(s[h][n + 1][0], s[h][n + 1][1]);
-      a[h][3] = Pack<T>(s[h][n + 1][2], s[h][n + 1][3]);
+      a[h][0] = Numeric<T>::FromFloats(s[h][n][0], s[h][n][1]);
+      a[h][1] = Numeric<T>::FromFloats(s[h][n][2], s[h][n][3]);
+      a[h][2] = Numeric<T>::FromFloats(s[h][n + 1][0], s[h][n + 1][1]);
+      a[h][3] = Numeric<T>::FromFloats(s[h][n + 1][2], s[h][n + 1][3]);
     }
 #pragma unroll
     for (int j = 0; j < kHeadDim / 16; ++j) {
@@ -123,8 +123,8 @@ __device__ __forceinline__ void AddValues(const float (&s)[kHeads][kKeyTiles][4]
       LoadMatricesTransposed(b, v + n * 8 * L::kStride + 32 * j);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        Mma<T>(rows[h].out[2 * j], a[h][0], a[h][1], a[h][2], a[h][3], b[0], b[1]);
-        Mma<T>(rows[h].out[2 * j + 1], a[h][0], a[h][1], a[h][2], a[h][3], b[2], b[3]);
+        Mma<T>(rows[h].out[2 * j], a[h], b[0], b[1]);
+        Mma<T>(rows[h].out[2 * j + 1], a[h], b[2], b[3]);
       }
     }
   }

@@ -4,8 +4,8 @@
 // expect it (128-byte swizzle). The next tile of keys is on its way while one is used.
 #include <algorithm>
 
-#include "kernels/cuda/attention_prefill.h"
-#include "kernels/cuda/wgmma.h"
+#include "kernels/cuda/attention_prefill.cuh"
+#include "kernels/cuda/wgmma.cuh"
 
 namespace sluice {
 namespace {
@@ -27,7 +27,8 @@ struct Sm90Layout {
   }
 };
 
-// Starts the copies of keys [first, first + kKeys), K to `shared`, V behind it; zeros behind the last.
+// Starts the copies of keys [first, first + kKeys), K to `shared`, V behind it; zeros behind the
+// last.
 template <typename T, int kHeadDim, int kHeads, int kKeys>
 __device__ __forceinline__ void FetchKeys(const PrefillParams& p, const int32_t* table, int kv_head,
                                           int first, int length, uint32_t shared) {
@@ -91,10 +92,10 @@ __device__ __forceinline__ void AddValues(const float (&s)[kKeys / 8][4], uint32
   uint32_t weights[kKeys / 16][4];
 #pragma unroll
   for (int n = 0; n < kKeys / 16; ++n) {
-    weights[n][0] = Pack<T>(s[2 * n][0], s[2 * n][1]);
-    weights[n][1] = Pack<T>(s[2 * n][2], s[2 * n][3]);
-    weights[n][2] = Pack<T>(s[2 * n + 1][0], s[2 * n + 1][1]);
-    weights[n][3] = Pack<T>(s[2 * n + 1][2], s[2 * n + 1][3]);
+    weights[n][0] = Numeric<T>::FromFloats(s[2 * n][0], s[2 * n][1]);
+    weights[n][1] = Numeric<T>::FromFloats(s[2 * n][2], s[2 * n][3]);
+    weights[n][2] = Numeric<T>::FromFloats(s[2 * n + 1][0], s[2 * n + 1][1]);
+    weights[n][3] = Numeric<T>::FromFloats(s[2 * n + 1][2], s[2 * n + 1][3]);
   }
   Pin(out);
   BeginProducts();

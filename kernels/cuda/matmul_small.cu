@@ -236,21 +236,22 @@ __device__ void NormX(const InputParams& in, int k, const float* weight, const f
 template <typename T>
 __device__ void SumX(const InputParams& in, int granules, int columns, const uint8_t* x, int k,
                      float* sums) {
-  const int lane = threadIdx.x % 8;
-  for (int at = threadIdx.x / 8; at < granules * in.rows; at += kThreads / 8) {
+  const int lane = threadIdx.x % 8, sums_at_once = kThreads / 8;
+  for (int first = 0; first < granules * in.rows; first += sums_at_once) {  // All lanes of a warp
+    const int at = first + static_cast<int>(threadIdx.x) / 8;
     const int granule = at / in.rows, m = at - granule * in.rows;
     const uint8_t* row = x + m * XRowBytes(k) + granule * columns * 2;
     float sum = 0.0f;
-    for (int i = lane * 4; i < columns; i += 32) {
+    for (int i = lane * 4; i < columns && granule < granules; i += 32) {
       const uint2 four = *reinterpret_cast<const uint2*>(row + i * 2);
-      const float2 first = Numeric<T>::ToFloat2(four.x), second = Numeric<T>::ToFloat2(four.y);
-      sum += (first.x + first.y) + (second.x + second.y);
+      const float2 first_two = Numeric<T>::ToFloat2(four.x), others = Numeric<T>::ToFloat2(four.y);
+      sum += (first_two.x + first_two.y) + (others.x + others.y);
     }
 #pragma unroll
     for (int offset = 4; offset > 0; offset /= 2) {
       sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     }
-    if (lane == 0) sums[granule * kSmallRows + m] = sum;
+    if (lane == 0 && granule < granules) sums[granule * kSmallRows + m] = sum;
   }
 }
 

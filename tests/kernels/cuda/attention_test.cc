@@ -450,8 +450,8 @@ TEST_F(CudaAttention, FitsInto99KiB) {
   }
 }
 
-// Many tiles: blocks of two heads. Where the kernel is the same, they have the bits of blocks of one
-// head; how much shared memory there is decides on kernel and block.
+// Many tiles: blocks of two heads. Where the kernel is the same, they have the bits of blocks of
+// one head; how much shared memory there is decides on kernel and block.
 TEST_F(CudaAttention, ManyPrefillTiles) {
   for (const int head_dim : {32, 64, 80, 96, 128}) {
     for (const DType dtype : {DType::kF16, DType::kBF16}) {

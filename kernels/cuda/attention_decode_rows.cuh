@@ -1,8 +1,8 @@
-// What an item of flash decode (attention_decode.cu) begins with: its queries and, for the last part of
-// a row, the newest key and value, turned on the way. Included by .cu files only.
+// What an item of flash decode (attention_decode.cu) begins with: its queries and, for the last
+// part of a row, the newest key and value, turned on the way. Included by .cu files only.
 #pragma once
 
-#include "kernels/cuda/attention_decode_tiles.h"
+#include "kernels/cuda/attention_decode_tiles.cuh"
 
 namespace sluice {
 
@@ -29,8 +29,9 @@ __device__ __forceinline__ Four<T> LoadTurned(const T* head, int d, const float*
     const float sines[4] = {s.x, s.y, s.z, s.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 turned = Turn(ToFloat(a.values[i]), ToFloat(b.values[i]), cosines[i], sines[i]);
-      out.values[i] = FromFloat<T>(d < half_dim ? turned.x : turned.y);
+      const float2 turned = Turn(Numeric<T>::ToFloat(a.values[i]), Numeric<T>::ToFloat(b.values[i]),
+                                 cosines[i], sines[i]);
+      out.values[i] = Numeric<T>::FromFloat(d < half_dim ? turned.x : turned.y);
     }
     return out;
   }
@@ -40,9 +41,9 @@ __device__ __forceinline__ Four<T> LoadTurned(const T* head, int d, const float*
     const int first = element % half_dim;
     out.values[i] = head[element];
     if (element >= 2 * half_dim) continue;
-    const float2 turned =
-        Turn(ToFloat(head[first]), ToFloat(head[first + half_dim]), cos[first], sin[first]);
-    out.values[i] = FromFloat<T>(element < half_dim ? turned.x : turned.y);
+    const float2 turned = Turn(Numeric<T>::ToFloat(head[first]),
+                               Numeric<T>::ToFloat(head[first + half_dim]), cos[first], sin[first]);
+    out.values[i] = Numeric<T>::FromFloat(element < half_dim ? turned.x : turned.y);
   }
   return out;
 }
@@ -60,7 +61,8 @@ struct BlockState {
   bool last;
 };
 
-// Brings q, and for the last part the newest k and v, to state->rows; writes the latter to the cache.
+// Brings q, and for the last part the newest k and v, to state->rows; writes the latter to the
+// cache.
 template <typename T, int kHeadDim, int kWarps>
 __device__ __forceinline__ void LoadRows(const DecodeParams& p, const Work<kWarps>& work,
                                          BlockState<T, kHeadDim, kWarps>* state) {

@@ -1,10 +1,10 @@
 // Products of a warpgroup (wgmma, sm_90a), 64 rows of 16-bit elements with float32 sums. Elsewhere
 // the functions do nothing. Included by .cu files only.
 //
-// Operands in shared memory lie in panels of 64 elements (128 bytes) a row, the 16-byte chunks of row
-// r permuted by XOR with r % 8; panels begin at multiples of 1024 bytes. The sums of a warpgroup's
-// warp w, rows 16 w to 16 w + 15, lie as those of mma.sync: lane l has rows l / 4 and l / 4 + 8 and
-// columns 8 n + 2 (l % 4) + {0, 1} in d[n].
+// Operands in shared memory lie in panels of 64 elements (128 bytes) a row, the 16-byte chunks of
+// row r permuted by XOR with r % 8; panels begin at multiples of 1024 bytes. The sums of a
+// warpgroup's warp w, rows 16 w to 16 w + 15, lie as those of mma.sync: lane l has rows l / 4 and l
+// / 4 + 8 and columns 8 n + 2 (l % 4) + {0, 1} in d[n].
 #pragma once
 
 #include <cuda_fp16.h>
@@ -61,7 +61,8 @@ namespace sluice {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
 // clang-format on
 
-// d [64, 8 * kTiles] (+)= a [64, 16] * b [16, 8 * kTiles], both in shared memory, rows of K elements.
+// d [64, 8 * kTiles] (+)= a [64, 16] * b [16, 8 * kTiles], both in shared memory, rows of K
+// elements.
 template <typename T, int kTiles>
 __device__ __forceinline__ void MultiplyShared(float (&d)[kTiles][4], uint64_t a, uint64_t b,
                                                int accumulate) {

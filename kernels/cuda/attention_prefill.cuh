@@ -3,7 +3,7 @@
 // only.
 #pragma once
 
-#include "kernels/cuda/attention_device.h"
+#include "kernels/cuda/attention_device.cuh"
 
 namespace sluice {
 
@@ -98,7 +98,8 @@ __device__ __forceinline__ void StoreRows(const RowState<T, kHeadDim>& state, in
     auto* pairs = reinterpret_cast<uint32_t*>(out + row * stride + 2 * (lane % 4));
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
-      pairs[4 * n] = Pack<T>(state.out[n][2 * r] * inverse, state.out[n][2 * r + 1] * inverse);
+      pairs[4 * n] =
+          Numeric<T>::FromFloats(state.out[n][2 * r] * inverse, state.out[n][2 * r + 1] * inverse);
     }
   }
 }

@@ -1,8 +1,9 @@
-// The inner half of flash decode (attention_decode.cu): which tiles of keys a warp of an item has, how
-// they come into shared memory, and a warp's running softmax over them. Included by .cu files only.
+// The inner half of flash decode (attention_decode.cu): which tiles of keys a warp of an item has,
+// how they come into shared memory, and a warp's running softmax over them. Included by .cu files
+// only.
 #pragma once
 
-#include "kernels/cuda/attention_device.h"
+#include "kernels/cuda/attention_device.cuh"
 
 namespace sluice {
 
@@ -144,8 +145,9 @@ struct WarpState {
     for (int j = 0; j < kHeadDim / 16; ++j) {
       uint32_t b[4];
       LoadMatrices(b, shared + fragment + 32 * j);
-      Mma<T>(s[0], q[j][0], 0, q[j][1], 0, b[0], b[1]);
-      Mma<T>(s[1], q[j][0], 0, q[j][1], 0, b[2], b[3]);
+      const uint32_t a[4] = {q[j][0], 0, q[j][1], 0};
+      Mma<T>(s[0], a, b[0], b[1]);
+      Mma<T>(s[1], a, b[2], b[3]);
     }
     float x[4] = {s[0][0] * scale, s[0][1] * scale, s[1][0] * scale, s[1][1] * scale};
     if (key + kTileKeys > length) {
@@ -163,13 +165,13 @@ struct WarpState {
 #pragma unroll
     for (int i = 0; i < 4; ++i) p[i] = Exp2(x[i] - max);
     sum += (p[0] + p[1]) + (p[2] + p[3]);
-    const uint32_t p0 = Pack<T>(p[0], p[1]);
-    const uint32_t p1 = Pack<T>(p[2], p[3]);
+    const uint32_t p0 = Numeric<T>::FromFloats(p[0], p[1]);
+    const uint32_t p1 = Numeric<T>::FromFloats(p[2], p[3]);
 #pragma unroll
     for (int j = 0; j < kHeadDim / 16; ++j) {
       uint32_t a[4];
       LoadMatricesTransposed(a, shared + TileShape<kHeadDim>::kBytes + fragment + 32 * j);
-      Mma<T>(out[j], a[0], a[1], a[2], a[3], p0, p1);
+      Mma<T>(out[j], a, p0, p1);
     }
   }
 

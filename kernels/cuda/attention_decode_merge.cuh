@@ -1,8 +1,8 @@
-// What an item of flash decode (attention_decode.cu) ends with: the sum over the warps of a block and
-// over the parts of a row. Included by .cu files only.
+// What an item of flash decode (attention_decode.cu) ends with: the sum over the warps of a block
+// and over the parts of a row. Included by .cu files only.
 #pragma once
 
-#include "kernels/cuda/attention_decode_rows.h"
+#include "kernels/cuda/attention_decode_rows.cuh"
 
 namespace sluice {
 
@@ -11,7 +11,8 @@ __host__ __device__ constexpr int PartFloats(int head_dim) { return kHeads * (he
 
 template <typename T>
 __device__ __forceinline__ void StoreFour(T* out, float4 values) {
-  *reinterpret_cast<uint2*>(out) = {Pack<T>(values.x, values.y), Pack<T>(values.z, values.w)};
+  *reinterpret_cast<uint2*>(out) = {Numeric<T>::FromFloats(values.x, values.y),
+                                    Numeric<T>::FromFloats(values.z, values.w)};
 }
 __device__ __forceinline__ void AddScaled(float4* sum, float weight, float4 values) {
   sum->x += weight * values.x;
