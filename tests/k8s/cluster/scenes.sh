@@ -1,0 +1,249 @@
+# Sourced by run: what is done to the cluster, and what must come of it. The output is the transcript.
+
+readonly N="-n sluice" IMAGE=sluice/controller:0.1.0
+passed=0 failed=0 answers=0
+
+title() { printf '\n== %s\n' "$*"; }
+note() { printf '   %s\n' "$*"; }
+
+# show COMMAND...: the command and all its output.
+show() { printf '$ %s\n' "$*"; "$@" 2>&1; }
+
+# check CLAIM COMMAND...
+check() {
+  local claim=$1; shift
+  if "$@" > /dev/null 2>&1; then printf ' ok   %s\n' "$claim"; passed=$((passed + 1))
+  else printf ' FAIL %s\n' "$claim"; failed=$((failed + 1)); fi
+}
+within() { local seconds=$1; shift; until_true "$seconds" "$*" "$@"; }
+
+# field KIND/NAME JSONPATH
+field() { kubectl $N get "$1" -o jsonpath="{$2}"; }
+is() { [ "$(field "$1" "$2")" = "$3" ]; }
+contains() { grep -qF -- "$1" <<< "$2"; }
+workers_ready() { is statefulset/sluice-worker .status.readyReplicas "$1"; }
+# Addresses that a client of the Service can be sent to.
+service_endpoints() {
+  kubectl $N get endpointslice -l kubernetes.io/service-name=sluice -o jsonpath='{range .items[*].endpoints[?(@.conditions.ready==true)]}{.addresses[0]} {end}'
+}
+no_endpoints() { [ -z "$(service_endpoints)" ]; }
+served() { [ -n "$(service_endpoints)" ]; }
+
+# Every change of the pods' states, with the second, from here to show_history.
+watch_pods() {
+  history_start=$SECONDS
+  kubectl $N get pods --watch -o custom-columns='POD:.metadata.name,PHASE:.status.phase,STARTED:.status.containerStatuses[0].started,READY:.status.containerStatuses[0].ready,RESTARTS:.status.containerStatuses[0].restartCount,EXIT:.status.containerStatuses[0].state.terminated.exitCode,DELETED:.metadata.deletionTimestamp' \
+    2> /dev/null | while read -r line; do printf '%4d s  %s\n' $((SECONDS - history_start)) "$line"; done > "$STATE/history" &
+  watcher=$!
+}
+show_history() {
+  kill $watcher 2> /dev/null || true
+  note "how it went (second, pod, phase, startup probe passed, ready, restarts, exit code, being deleted):"
+  sed 's/<none>/-/g; s/ *$//' "$STATE/history" | awk '{ state = $0; sub(/^ *[0-9]+ s /, "", state); if (seen[$3] != state) print; seen[$3] = state }'
+}
+
+# ask_in_background PROMPT TOKENS: a client's pod in another namespace, through the Service; its name is in $asker.
+ask_in_background() {
+  asker=client-$((++answers))
+  show kubectl run $asker --image=$IMAGE --restart=Never --labels=sluice-client=true --command -- \
+    sluice generate --address sluice.sluice:50051 --max-tokens "$2" "$1"
+}
+answered() {
+  within 90 kubectl wait --for=jsonpath='{.status.phase}'=Succeeded --timeout=1s pod/$asker
+}
+ask() {
+  ask_in_background "The capital of France is" 16
+  answered || true
+  show kubectl logs $asker
+  check "answered through the Service" contains Paris "$(kubectl logs $asker)"
+}
+
+# The processes of a pod, found by its address.
+processes_of() {
+  local address namespace
+  address=$(field "pod/$1" .status.podIP)
+  for namespace in $(ip netns list | cut -d' ' -f1); do
+    if ip -n "$namespace" -o address show dev eth0 | grep -q " $address/"; then ip netns pids "$namespace"; fi
+  done
+}
+
+apply() {
+  show kubectl apply -k "$1"
+  within 120 workers_ready "$2" || true
+  show kubectl $N rollout status statefulset/sluice-worker --timeout=5s
+  within 60 served || true
+  show kubectl $N get statefulset,deployment,pods -o wide
+}
+
+remove() {
+  printf '$ kubectl delete -k %s\n' "$1"
+  kubectl delete --wait -k "$1" > /dev/null
+  kubectl delete pods --all > /dev/null
+}
+
+scene_nodes() {
+  title "The cluster"
+  show kubectl version
+  show kubectl get nodes -o custom-columns='NODE:.metadata.name,READY:.status.conditions[?(@.type=="Ready")].status,CPU:.status.allocatable.cpu,MEMORY:.status.allocatable.memory,GPU:.status.allocatable.nvidia\.com/gpu,RUNTIME:.status.nodeInfo.containerRuntimeVersion'
+}
+
+# refused CLAIM SED: dev-cpu with one edit must be refused by the API server.
+refused() {
+  local message
+  kubectl kustomize k8s/overlays/dev-cpu > "$STATE/right.yaml"
+  sed -E "$2" "$STATE/right.yaml" > "$STATE/wrong.yaml"
+  cmp -s "$STATE/right.yaml" "$STATE/wrong.yaml" && { check "$1: the edit changes nothing" false; return; }
+  if message=$(kubectl apply --dry-run=server -f "$STATE/wrong.yaml" 2>&1 > /dev/null); then check "$1: refused" false
+  else check "$1: refused" true; grep -v '^Warning' <<< "$message" | cut -c1-230 | head -2 | sed 's/^/        /'; fi
+}
+
+scene_dry_run() {
+  local folder
+  title "Every overlay before the API server's own checks, nothing kept"
+  kubectl apply -f k8s/base/namespace.yaml > /dev/null
+  for folder in k8s/overlays/* k8s/loadtest; do
+    check "kubectl apply --dry-run=server -k $folder" kubectl apply --dry-run=server -k "$folder"
+  done
+  title "Bad values"
+  refused "unknown field" 's/terminationGracePeriodSeconds/terminationGraceSeconds/'
+  refused "negative replicas" 's/replicas: 2/replicas: -2/'
+  refused "port above 65535" 's/containerPort: 7520/containerPort: 75200/'
+  refused "probe without a port" 's/^( {8,})port: 50051$/\1port: 0/'
+  refused "quantity that is none" 's/memory: 1536Mi/memory: 1536Megs/'
+  refused "limit below request" 's/^( *)cpu: "1"$/\1cpu: 100m/'
+  refused "selector that is not the template's" 's/^(      app.kubernetes.io.name:) sluice-worker$/\1 worker/'
+  refused "budget with both bounds" 's/maxUnavailable: 0/maxUnavailable: 0\n  minAvailable: 1/'
+  refused "range of ports upside down" 's/endPort: 7527/endPort: 7510/'
+  refused "environment variable with = in its name" 's/name: SLUICE_DEVICE_INDEX/name: "SLUICE=DEVICE"/'
+  check "a pod without the restricted security context: refused in this namespace" \
+    contains 'violates PodSecurity "restricted' "$(kubectl $N run bare --image=$IMAGE --dry-run=server 2>&1)"
+}
+
+scene_dev_cpu() {
+  title "dev-cpu: two workers on CPUs"
+  watch_pods
+  show kubectl apply -k k8s/overlays/dev-cpu
+  title "Before the model is there: no loader yet"
+  show kubectl $N scale deployment/sluice-loader --replicas=0
+  within 60 is pod/sluice-worker-0 '.status.containerStatuses[0].started' true || true
+  within 60 is pod/sluice-worker-1 '.status.containerStatuses[0].started' true || true
+  sleep 6
+  show kubectl $N get pods
+  check "workers: started and live, not ready" is pod/sluice-worker-1 '.status.containerStatuses[0].ready' false
+  check "the Service has no endpoint" no_endpoints
+  show kubectl $N get events --field-selector reason=Unhealthy -o custom-columns='POD:.involvedObject.name,MESSAGE:.message'
+  check "the kubelet's own word: readiness probe, NOT_SERVING" contains NOT_SERVING "$(kubectl $N get events --field-selector reason=Unhealthy)"
+  title "The loader comes"
+  show kubectl $N scale deployment/sluice-loader --replicas=1
+  within 120 workers_ready 2 || true
+  within 60 served || true
+  show kubectl $N rollout status statefulset/sluice-worker --timeout=5s
+  show kubectl $N get statefulset,deployment,pods -o wide
+  show_history
+  check "2/2 workers ready" workers_ready 2
+  check "the Service has an endpoint" served
+  ask
+  show kubectl $N exec deployment/sluice-controller -- sluice map --admin 127.0.0.1:7502
+}
+
+scene_worker_down() {
+  title "A worker's process is killed (kill -9)"
+  watch_pods
+  note "kill -9 of the processes of sluice-worker-1"
+  kill -9 $(processes_of sluice-worker-1)
+  check "the controller is not ready: no endpoint" within 20 no_endpoints
+  show kubectl $N get pods
+  check "the kubelet starts it again" within 60 is pod/sluice-worker-1 '.status.containerStatuses[0].restartCount' 1
+  check "2/2 workers ready again" within 90 workers_ready 2
+  check "the Service has an endpoint again" within 60 served
+  check "the other worker was not restarted" is pod/sluice-worker-0 '.status.containerStatuses[0].restartCount' 0
+  check "nor the controller" is "pod/$(kubectl $N get pods -l app.kubernetes.io/name=sluice-controller -o jsonpath='{.items[0].metadata.name}')" '.status.containerStatuses[0].restartCount' 0
+  show_history
+  ask
+}
+
+scene_rolling_restart() {
+  title "Rolling restart of the workers"
+  watch_pods
+  show kubectl $N rollout restart statefulset/sluice-worker
+  check "it ends by itself" kubectl $N rollout status statefulset/sluice-worker --timeout=180s
+  check "2/2 workers ready" within 60 workers_ready 2
+  check "the Service has an endpoint" within 60 served
+  show kubectl $N get pods
+  show_history
+  ask
+}
+
+scene_drain() {
+  local node controller
+  title "Drain: the budget protects the workers"
+  node=$(field pod/sluice-worker-0 .spec.nodeName)
+  show kubectl drain "$node" --pod-selector=app.kubernetes.io/name=sluice-worker --timeout=8s || true
+  check "no worker was evicted" workers_ready 2
+  show kubectl uncordon "$node"
+
+  title "Drain: the controller finishes what it has begun"
+  controller=$(kubectl $N get pods -l app.kubernetes.io/name=sluice-controller -o jsonpath='{.items[0].metadata.name}')
+  node=$(field "pod/$controller" .spec.nodeName)
+  ask_in_background "1, 2, 3, 4, 5, 6, 7," 384
+  within 30 kubectl wait --for=condition=Ready --timeout=1s pod/$asker || true
+  sleep 2
+  watch_pods
+  show kubectl drain "$node" --pod-selector=app.kubernetes.io/name=sluice-controller --timeout=60s
+  check "the request under way ended well" answered
+  note "its answer ends with: ...$(kubectl logs $asker | tail -c 60 | tr '\n' ' ')"
+  check "a controller on another node: endpoint" within 60 served
+  check "2/2 workers ready" within 60 workers_ready 2
+  show kubectl $N get pods -o wide
+  show_history
+  check "the old controller exited with 0, within its grace" grep -Eq "$controller +(Running|Succeeded) +false +false +0 +0 " "$STATE/history"
+  ask
+  show kubectl uncordon "$node"
+}
+
+volume() {
+  kubectl apply -f - > /dev/null << VOLUME
+{apiVersion: v1, kind: PersistentVolume, metadata: {name: sluice-models}, spec: {capacity: {storage: 100Mi}, accessModes: [ReadOnlyMany],
+ hostPath: {path: $STATE/models}, claimRef: {namespace: sluice, name: sluice-models}, persistentVolumeReclaimPolicy: Retain}}
+VOLUME
+}
+
+scene_two_pods() {
+  title "two-pods: a GPU a pod for the scheduler, CPU workers for us"
+  volume
+  apply tests/k8s/cluster/on-cpu/two-pods 2
+  check "2/2 workers ready" workers_ready 2
+  check "each on a node with GPUs" contains gpu- "$(field pod/sluice-worker-0 .spec.nodeName)"
+  ask
+  show kubectl $N exec deployment/sluice-controller -- sluice map --admin 127.0.0.1:7502
+  remove tests/k8s/cluster/on-cpu/two-pods
+  kubectl delete pv sluice-models > /dev/null
+}
+
+scene_two_gpu_pipeline() {
+  title "two-gpu-pipeline: two GPUs and two workers in one pod, CPU workers for us"
+  volume
+  apply tests/k8s/cluster/on-cpu/two-gpu-pipeline 1
+  check "1/1 pods ready" workers_ready 1
+  check "on the node with two GPUs" is pod/sluice-worker-0 .spec.nodeName gpu-a
+  ask
+  show kubectl $N exec deployment/sluice-controller -- sluice map --admin 127.0.0.1:7502
+  remove tests/k8s/cluster/on-cpu/two-gpu-pipeline
+  kubectl delete pv sluice-models > /dev/null
+}
+
+scene_end() { remove k8s/overlays/dev-cpu; }
+
+# play [SCENE...]: all scenes, or those named.
+play() {
+  local scene scenes=("$@")
+  [ $# -gt 0 ] || scenes=(nodes dry_run dev_cpu worker_down rolling_restart drain end two_pods two_gpu_pipeline)
+  cd "$HERE/../../.."
+  {
+    for scene in "${scenes[@]}"; do
+      "scene_$scene" || check "scene $scene ran to its end" false
+    done
+    printf '\nTests: %d passed, %d failed\n' $passed $failed
+    [ $failed -eq 0 ]
+  } | sed -u -e "s|$STATE|STATE|g" -e "s|$PWD/||g"
+}
