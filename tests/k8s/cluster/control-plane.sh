@@ -42,6 +42,7 @@ prepare_state() {
   mount -t tmpfs -o mode=755 tmpfs "$STATE"
   mkdir -p "$LOGS" "$STATE/models" /run/netns
   mount -t tmpfs tmpfs /run/netns
+  mount -t tmpfs tmpfs /var/log  # A kubelet writes there
   ip link set lo up
   ip address add $MASTER/32 dev lo
   for node in "${NODES[@]}"; do
@@ -75,7 +76,7 @@ start_control_plane() {
   background scheduler "$KUBE" scheduler --kubeconfig "$STATE/kube-scheduler.kubeconfig" --leader-elect=false
   background controller-manager "$KUBE" controller-manager --kubeconfig "$STATE/kube-controller-manager.kubeconfig" \
     --leader-elect=false --use-service-account-credentials --service-account-private-key-file "$STATE/accounts.key" \
-    --root-ca-file "$STATE/tls.crt"
+    --root-ca-file "$STATE/tls.crt" --flex-volume-plugin-dir "$STATE/plugins"
   background proxy "$KUBE" proxy --kubeconfig "$STATE/kube-proxy.kubeconfig" --proxy-mode nftables --hostname-override cpu-a \
     --conntrack-max-per-core 0
   background dns "$TOOLS/bin/dns" --kubeconfig "$STATE/admin.kubeconfig" --listen $MASTER:53

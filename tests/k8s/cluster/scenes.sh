@@ -94,7 +94,7 @@ refused() {
   sed -E "$2" "$STATE/right.yaml" > "$STATE/wrong.yaml"
   cmp -s "$STATE/right.yaml" "$STATE/wrong.yaml" && { check "$1: the edit changes nothing" false; return; }
   if message=$(kubectl apply --dry-run=server -f "$STATE/wrong.yaml" 2>&1 > /dev/null); then check "$1: refused" false
-  else check "$1: refused" true; grep -v '^Warning' <<< "$message" | cut -c1-230 | head -2 | sed 's/^/        /'; fi
+  else check "$1: refused" true; sed -E '/^Warning/d; s/error when creating "[^"]*": //; s/is invalid: $/is invalid:/' <<< "$message" | cut -c1-230 | uniq | head -2 | sed 's/^/        /'; fi
 }
 
 scene_dry_run() {

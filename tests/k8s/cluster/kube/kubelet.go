@@ -95,6 +95,7 @@ func configure(c *kubeletconfig.KubeletConfiguration, o nodeOptions) {
 	c.ClusterDNS = []string{o.dns}
 	c.PodLogsDir = o.folder + "/logs"
 	c.StaticPodPath = ""
+	c.VolumePluginDir = o.folder + "/plugins"
 	c.NodeStatusUpdateFrequency.Duration = 5 * time.Second
 	// The cluster's network has no way out, so its kubelets trust who reaches them.
 	c.Authentication.Anonymous.Enabled = true
