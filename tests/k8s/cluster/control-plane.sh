@@ -62,7 +62,7 @@ prepare_state() {
     identity "system:node:${node%% *}" system:nodes
   done
   cp "$MODEL" "$STATE/models/"
-  "$HERE/make-images" "$BUILD" "$(dirname "$MODEL")" "$STATE/images"
+  "$HERE/make-images" "$BUILD" "$(dirname "$MODEL")" "$TOOLS/bin" "$STATE/images"
 }
 
 start_control_plane() {

@@ -7,7 +7,12 @@ title() { printf '\n== %s\n' "$*"; }
 note() { printf '   %s\n' "$*"; }
 
 # show COMMAND...: the command and all its output.
-show() { printf '$ %s\n' "$*"; "$@" 2>&1; }
+show() {
+  local word line='$'
+  for word in "$@"; do [[ $word != *[\ \{]* ]] || word="'$word'"; line+=" $word"; done
+  printf '%s\n' "$line"
+  "$@" 2>&1
+}
 
 # check CLAIM COMMAND...
 check() {
@@ -144,6 +149,13 @@ scene_dev_cpu() {
   check "the Service has an endpoint" served
   ask
   show kubectl $N exec deployment/sluice-controller -- sluice map --admin 127.0.0.1:7502
+  printf '$ kubectl -n sluice port-forward service/sluice 50051 &\n'
+  kubectl $N port-forward service/sluice 50051 > /dev/null 2>&1 &
+  forwarder=$!
+  until_true 20 "port-forward" bash -c '< /dev/tcp/127.0.0.1/50051'
+  check "answered through kubectl port-forward" contains Paris \
+    "$("$BUILD/bin/sluice" generate --address 127.0.0.1:50051 --max-tokens 8 "The capital of France is" 2>&1)"
+  kill $forwarder
 }
 
 scene_worker_down() {
@@ -151,13 +163,30 @@ scene_worker_down() {
   watch_pods
   note "kill -9 of the processes of sluice-worker-1"
   kill -9 $(processes_of sluice-worker-1)
-  check "the controller is not ready: no endpoint" within 20 no_endpoints
-  show kubectl $N get pods
   check "the kubelet starts it again" within 60 is pod/sluice-worker-1 '.status.containerStatuses[0].restartCount' 1
   check "2/2 workers ready again" within 90 workers_ready 2
   check "the Service has an endpoint again" within 60 served
   check "the other worker was not restarted" is pod/sluice-worker-0 '.status.containerStatuses[0].restartCount' 0
   check "nor the controller" is "pod/$(kubectl $N get pods -l app.kubernetes.io/name=sluice-controller -o jsonpath='{.items[0].metadata.name}')" '.status.containerStatuses[0].restartCount' 0
+  show_history
+  ask
+}
+
+# Its liveness probe is the only thing that can help.
+scene_worker_frozen() {
+  local processes
+  title "A worker hangs (kill -STOP)"
+  watch_pods
+  processes=$(processes_of sluice-worker-0)
+  note "kill -STOP of the processes of sluice-worker-0"
+  kill -STOP $processes
+  check "the worker is not ready" within 20 is pod/sluice-worker-0 '.status.containerStatuses[0].ready' false
+  check "the controller is not ready: no endpoint" within 20 no_endpoints
+  show kubectl $N get pods
+  check "the kubelet ends it and starts it again" within 150 is pod/sluice-worker-0 '.status.containerStatuses[0].restartCount' 1
+  check "2/2 workers ready again" within 60 workers_ready 2
+  check "the Service has an endpoint again" within 60 served
+  show kubectl $N get events --field-selector involvedObject.name=sluice-worker-0,reason!=Scheduled -o custom-columns='REASON:.reason,COUNT:.count,MESSAGE:.message'
   show_history
   ask
 }
@@ -185,13 +214,16 @@ scene_drain() {
   title "Drain: the controller finishes what it has begun"
   controller=$(kubectl $N get pods -l app.kubernetes.io/name=sluice-controller -o jsonpath='{.items[0].metadata.name}')
   node=$(field "pod/$controller" .spec.nodeName)
-  ask_in_background "1, 2, 3, 4, 5, 6, 7," 384
+  kubectl $N logs --follow "$controller" > "$STATE/controller.log" 2>&1 &
+  ask_in_background "1, 2, 3, 4, 5, 6, 7," 768
   within 30 kubectl wait --for=condition=Ready --timeout=1s pod/$asker || true
   sleep 2
   watch_pods
   show kubectl drain "$node" --pod-selector=app.kubernetes.io/name=sluice-controller --timeout=60s
   check "the request under way ended well" answered
   note "its answer ends with: ...$(kubectl logs $asker | tail -c 60 | tr '\n' ' ')"
+  note "the old controller's last words:"
+  tail -5 "$STATE/controller.log"
   check "a controller on another node: endpoint" within 60 served
   check "2/2 workers ready" within 60 workers_ready 2
   show kubectl $N get pods -o wide
@@ -199,6 +231,16 @@ scene_drain() {
   check "the old controller exited with 0, within its grace" grep -Eq "$controller +(Running|Succeeded) +false +false +0 +0 " "$STATE/history"
   ask
   show kubectl uncordon "$node"
+}
+
+# The Job's recipe is stream: 256 streams at once.
+scene_load() {
+  title "A load test inside the cluster"
+  show kubectl apply -k k8s/loadtest
+  check "the Job ends well" within 240 kubectl $N wait --for=condition=Complete --timeout=1s job/sluice-load
+  show kubectl $N logs job/sluice-load
+  show kubectl $N get pods
+  kubectl delete -k k8s/loadtest > /dev/null
 }
 
 volume() {
@@ -237,7 +279,7 @@ scene_end() { remove k8s/overlays/dev-cpu; }
 # play [SCENE...]: all scenes, or those named.
 play() {
   local scene scenes=("$@")
-  [ $# -gt 0 ] || scenes=(nodes dry_run dev_cpu worker_down rolling_restart drain end two_pods two_gpu_pipeline)
+  [ $# -gt 0 ] || scenes=(nodes dry_run dev_cpu worker_down worker_frozen rolling_restart drain load end two_pods two_gpu_pipeline)
   cd "$HERE/../../.."
   {
     for scene in "${scenes[@]}"; do
