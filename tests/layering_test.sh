@@ -13,7 +13,8 @@ table() {
 kernels/core         |
 kernels/quant        | kernels/core
 kernels/sampling     | kernels/core
-kernels/backend      | kernels/core kernels/quant kernels/sampling
+kernels/backend_types | kernels/core
+kernels/backend      | kernels/backend_types kernels/core kernels/quant kernels/sampling
 kernels/cpu          | kernels/core kernels/quant kernels/sampling kernels/backend
 kernels/cuda         | kernels/core kernels/quant kernels/sampling kernels/backend
 services/rpc         | proto

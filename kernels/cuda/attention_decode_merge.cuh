@@ -9,11 +9,6 @@ namespace sluice {
 // Floats of one part: see DecodeParams::partials.
 __host__ __device__ constexpr int PartFloats(int head_dim) { return kHeads * (head_dim + 2); }
 
-template <typename T>
-__device__ __forceinline__ void StoreFour(T* out, float4 values) {
-  *reinterpret_cast<uint2*>(out) = {Numeric<T>::FromFloats(values.x, values.y),
-                                    Numeric<T>::FromFloats(values.z, values.w)};
-}
 __device__ __forceinline__ void AddScaled(float4* sum, float weight, float4 values) {
   sum->x += weight * values.x;
   sum->y += weight * values.y;

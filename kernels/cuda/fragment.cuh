@@ -55,19 +55,6 @@ __device__ __forceinline__ GranuleState LoadGranule(const uint8_t* granule, int 
   return state;
 }
 
-// (word & mask) | magic in one instruction; `magic` must come from a register, so that the compiler
-// does not make two instructions with a constant each.
-template <uint32_t kMask>
-__device__ __forceinline__ uint32_t Insert(uint32_t word, uint32_t magic) {
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "n"(kMask), "r"(magic));
-  return result;
-}
-__device__ __forceinline__ uint32_t InRegister(uint32_t constant) {
-  asm volatile("" : "+r"(constant));
-  return constant;
-}
-
 // Four pairs of codes of one word as exact integers of T, minus the zero point in `state`
 // (int4_zero) or as they are (int4_offset).
 template <typename T>

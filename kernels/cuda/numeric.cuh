@@ -69,6 +69,25 @@ __device__ __forceinline__ uint32_t TwiceHigh(uint32_t pair) {
   return __byte_perm(pair, 0, 0x3232);
 }
 
+// (word & mask) | magic in one instruction; `magic` must come from a register, so that the compiler
+// does not make two instructions with a constant each.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t Insert(uint32_t word, uint32_t magic) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "n"(kMask), "r"(magic));
+  return result;
+}
+__device__ __forceinline__ uint32_t InRegister(uint32_t constant) {
+  asm volatile("" : "+r"(constant));
+  return constant;
+}
+
+template <typename T>
+__device__ __forceinline__ void StoreFour(T* out, float4 values) {
+  *reinterpret_cast<uint2*>(out) = {Numeric<T>::FromFloats(values.x, values.y),
+                                    Numeric<T>::FromFloats(values.z, values.w)};
+}
+
 // d [16, 8] += a [16, 16] * b [16, 8], float32 accumulation; one warp. With g = lane / 4, t = lane
 // % 4:
 //   a[0] = (row g, k 2t..2t+1)   a[1] = (row g+8, same)   a[2] = (row g, k 2t+8..2t+9)   a[3] = row

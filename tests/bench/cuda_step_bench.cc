@@ -4,7 +4,6 @@
 // their rate.
 //
 //   cuda_step_bench --model llama-2-7b --format w4 --batch 1,16,64 --context 512 --steps 128
-#include <cuda_runtime.h>
 
 #include <algorithm>
 #include <chrono>
