@@ -18,6 +18,8 @@
 
 namespace sluice {
 
+inline constexpr uint16_t kPoison = 0x7fff;  // NaN in both dtypes
+
 // Device memory for the length of a test.
 class DeviceMemory {
  public:

@@ -22,8 +22,6 @@
 namespace sluice {
 namespace {
 
-constexpr uint16_t kPoison = 0x7fff;  // NaN in both dtypes
-
 LaunchContext MakeContext() {
   LaunchContext context;
   cudaDeviceProp properties;
