@@ -33,6 +33,7 @@ tests/kernels        | tests/support kernels
 tests/worker         | tests/support proto services/rpc services/metrics services/checkpoint worker kernels
 tests/services       | tests/support proto services kernels/core kernels/quant
 tests/support        | proto services worker kernels
+tests/containers     | tests/support tests/services/checkpoint tests/worker/engine services/checkpoint worker/engine kernels/core kernels/quant kernels/backend
 tests/e2e            | tests/support proto services/rpc
 tests/kill_matrix    | tests/support tests/e2e proto services/rpc
 tests/bench          | tests/support tests/e2e proto services worker kernels

@@ -43,7 +43,10 @@ Case MakeCase(const Point& point, const std::string& action, const Options& opti
   words.generate(mixed.begin(), mixed.end());
   std::mt19937 random(mixed[0] + options.seed * 1000 + round * 10 + action.size() +
                       static_cast<unsigned>(action[0]));
-  Case one{.point = point, .action = action, .stop_seconds = options.stop_seconds};
+  Case one;
+  one.point = point;
+  one.action = action;
+  one.stop_seconds = options.stop_seconds;
   one.nth = 1 + static_cast<int>(random() % point.most_passes);
   one.victim = RoleOf(point);
   if (one.victim == "worker") {
