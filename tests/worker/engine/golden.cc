@@ -104,7 +104,7 @@ Outcome RunGolden(const Checkpoint& source, const Golden& golden, uint32_t stage
   std::vector<ShardAssignment> assignments;
   for (uint32_t stage = 0; stage < stages; ++stage) {
     assignments.push_back(MakeAssignment(config, stage, stages));
-    assignments.back().set_max_model_len(std::min(128u, config.max_position_embeddings()));
+    assignments.back().set_max_model_len(golden.max_model_len);
   }
   TestPipeline pipeline(assignments, [&](const ShardAssignment& assignment, Backend* backend) {
     return LoadFrom(source, form, assignment, backend);

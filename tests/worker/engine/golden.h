@@ -17,6 +17,7 @@ struct Golden {
   std::vector<float> gaps;  // Best logit less the second best, where each greedy id was chosen
   std::vector<uint32_t> positions;  // Whose logits are stored
   std::vector<float> logits;        // [positions, vocab_size]
+  uint32_t max_model_len = 128;     // Of the assignment that runs it
 };
 
 std::filesystem::path CheckpointFolder();
