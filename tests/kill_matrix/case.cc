@@ -59,12 +59,13 @@ class Run {
 
   Result Go() {
     {
-      Traffic traffic(&cluster_, &references_);
+      Traffic traffic(&cluster_, &references_, EndsBySigterm() && case_.victim == "controller");
       if (Provoke() && AwaitFault() && Recover()) CheckService();
       traffic.Stop();
       for (const std::string& failure : traffic.failures()) Fail(failure);
       result_.whole = traffic.whole();
       result_.lost = traffic.lost();
+      result_.late = traffic.late();
       result_.longest_call = traffic.longest_call();
     }
     if (result_.longest_call > kCallSeconds + 1) Fail("a call went on beyond its deadline");
@@ -86,6 +87,9 @@ class Run {
     return false;
   }
 
+  bool EndsBySigterm() const {
+    return case_.action == "term" || case_.point.scenario == Scenario::kSigterm;
+  }
   std::string OtherWorker() const { return case_.victim == "worker-0" ? "worker-1" : "worker-0"; }
 
   // Brings about what makes the victim pass the point.

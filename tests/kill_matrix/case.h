@@ -23,6 +23,7 @@ struct Result {
   std::string logs;                   // Last lines of all processes, when something failed
   int whole = 0;                      // Answers
   int lost = 0;                       // Calls that ended with UNAVAILABLE
+  int late = 0;                       // Calls that came as the controller ended: CANCELLED
   double longest_call = 0;            // Seconds
   double back = 0;                    // Seconds from restart or SIGCONT to the next whole answer
 };

@@ -23,7 +23,7 @@ struct Options {
 };
 
 struct Total {
-  int points = 0, runs = 0, failed = 0, whole = 0, lost = 0;
+  int points = 0, runs = 0, failed = 0, whole = 0, lost = 0, late = 0;
   double longest_call = 0, back = 0;
 
   void Add(const Result& result) {
@@ -31,6 +31,7 @@ struct Total {
     failed += result.failures.empty() ? 0 : 1;
     whole += result.whole;
     lost += result.lost;
+    late += result.late;
     longest_call = std::max(longest_call, result.longest_call);
     back = std::max(back, result.back);
   }
@@ -67,14 +68,16 @@ void PrintRun(const Case& one, const Result& result, double seconds) {
 
 void PrintTotals(const std::map<std::string, std::map<std::string, Total>>& totals) {
   std::printf(
-      "\n| role | points | fault | runs | failed | whole answers | lost calls | longest call "
-      "s | back after at most s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+      "\n| role | points | fault | runs | failed | whole answers | lost calls | late calls | "
+      "longest call "
+      "s | back after at most s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- "
+      "|\n");
   Total all;
   for (const auto& [role, by_action] : totals) {
     for (const auto& [action, total] : by_action) {
-      std::printf("| %s | %d | %s | %d | %d | %d | %d | %.1f | %.1f |\n", role.c_str(),
+      std::printf("| %s | %d | %s | %d | %d | %d | %d | %d | %.1f | %.1f |\n", role.c_str(),
                   total.points, action.c_str(), total.runs, total.failed, total.whole, total.lost,
-                  total.longest_call, total.back);
+                  total.late, total.longest_call, total.back);
       all.runs += total.runs;
       all.failed += total.failed;
     }

@@ -33,8 +33,9 @@ std::vector<Reference> MakeReferences(const std::string& checkpoint) {
   return references;
 }
 
-Traffic::Traffic(const e2e::Cluster* cluster, const std::vector<Reference>* references)
-    : cluster_(cluster), references_(references) {
+Traffic::Traffic(const e2e::Cluster* cluster, const std::vector<Reference>* references,
+                 bool may_cancel)
+    : cluster_(cluster), references_(references), may_cancel_(may_cancel) {
   for (int i = 0; i < kStreams; ++i) clients_.emplace_back([this, i] { Run(i); });
 }
 
@@ -77,11 +78,14 @@ void Traffic::Check(const e2e::Answer& answer, const Reference& reference) {
     ++whole_;
     return;
   }
-  if (answer.status.error_code() != grpc::StatusCode::UNAVAILABLE) {
-    Fail("ended with code " + std::to_string(answer.status.error_code()) + ": " +
-         answer.status.error_message());
+  const grpc::StatusCode code = answer.status.error_code();
+  if (may_cancel_ && code == grpc::StatusCode::CANCELLED && answer.ids.empty()) {
+    ++late_;
+  } else if (code == grpc::StatusCode::UNAVAILABLE) {
+    ++lost_;
+  } else {
+    Fail("ended with code " + std::to_string(code) + ": " + answer.status.error_message());
   }
-  ++lost_;
   Pause();
 }
 

@@ -27,7 +27,9 @@ constexpr int kCallSeconds = 20;  // Deadline of each call
 class Traffic {
  public:
   // Both must outlive it. Clients begin at once; whatever is wrong is kept for failures().
-  Traffic(const e2e::Cluster* cluster, const std::vector<Reference>* references);
+  // `may_cancel`: the controller will end by SIGTERM. gRPC 1.51 answers CANCELLED to a call that
+  // comes while its server closes the connections; allowed then, when the call got no token.
+  Traffic(const e2e::Cluster* cluster, const std::vector<Reference>* references, bool may_cancel);
   ~Traffic() { Stop(); }
   Traffic(const Traffic&) = delete;
   Traffic& operator=(const Traffic&) = delete;
@@ -36,6 +38,7 @@ class Traffic {
 
   int whole() const { return whole_; }  // Answers
   int lost() const { return lost_; }    // Calls that ended with UNAVAILABLE
+  int late() const { return late_; }    // Calls that came too late: CANCELLED, as above
   double longest_call() const;          // Seconds
   std::vector<std::string> failures() const;
 
@@ -48,8 +51,9 @@ class Traffic {
 
   const e2e::Cluster* const cluster_;
   const std::vector<Reference>* const references_;
+  const bool may_cancel_;
   std::atomic<bool> stop_{false};
-  std::atomic<int> whole_{0}, lost_{0};
+  std::atomic<int> whole_{0}, lost_{0}, late_{0};
   mutable std::mutex mutex_;  // Guards what follows
   double longest_call_ = 0;
   std::vector<std::string> failures_;
