@@ -3,7 +3,7 @@
 
 namespace sluice {
 
-absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(int /*device_index*/) {
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(int /*device_index*/, DType /*dtype*/) {
   return absl::UnimplementedError(
       "this build has no CUDA backend; use device cpu, or build with CMAKE_CUDA_COMPILER set");
 }

@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "kernels/core/buffer.h"
@@ -115,6 +116,21 @@ struct SequenceRows {
   const uint32_t* block_table = nullptr;
 };
 
+// What the operations of one step read from host memory. The spans given to operations are those of
+// the step's BeginStep; what they point to stays in place until the next one.
+struct StepRows {
+  int64_t num_rows = 0;                      // M
+  absl::Span<const uint32_t> token_ids;      // [M], or empty: hidden rows come from the host
+  absl::Span<const uint32_t> table_rows;     // [M], or empty: rows of learned positions
+  absl::Span<const SequenceRows> sequences;  // Rows in order, without gaps
+  absl::Span<const float* const> inv_freq;   // [M], or empty: no rotary embedding
+  int64_t half_dim = 0;                      // Floats behind each of inv_freq
+  absl::Span<const int64_t> logit_rows;      // Rows that the head is computed for
+};
+
+// Parts of a step that a backend may record once and replay (Backend::Run).
+enum class StepPart : uint8_t { kLayers, kHead };
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -128,6 +144,13 @@ class Backend {
   // RESOURCE_EXHAUSTED when the device has no memory left.
   virtual absl::StatusOr<std::unique_ptr<PackedMatrix>> Upload(
       absl::Span<const QuantizedMatrix* const> stacked) = 0;
+  // The same for a weight whose rows i and i + pair_distance of each section of 2 * pair_distance
+  // rows are used together: the halves of a rotated head, or gate and up. A backend may lay such
+  // rows side by side and fuse what follows; results do not depend on it.
+  virtual absl::StatusOr<std::unique_ptr<PackedMatrix>> UploadPaired(
+      absl::Span<const QuantizedMatrix* const> stacked, int64_t pair_distance) {
+    return Upload(stacked);
+  }
   // The vectors (kPlain, n = 1) one after another, as float32.
   virtual absl::StatusOr<std::unique_ptr<DeviceVector>> UploadVector(
       absl::Span<const QuantizedMatrix* const> stacked) = 0;
@@ -136,10 +159,21 @@ class Backend {
   // contexts of max_context.
   struct Workspace {
     int64_t max_rows = 0, max_n = 0, max_k = 0, max_heads = 0, max_context = 0;
+    int64_t num_kv_heads = 0, head_dim = 0, block_size = 0;
+    int64_t step_rows = 0;      // Most rows of a step, at most max_rows
+    int64_t max_sequences = 0;  // Most sequences of a step, and most rows of logits
+    int64_t vocab = 0;          // Columns of logits; 0 on stages before the last
   };
   virtual absl::Status Reserve(const Workspace& workspace) = 0;
 
   // --- Step --------------------------------------------------------------------------------
+  // Begins a step: everything until the next BeginStep belongs to it.
+  virtual void BeginStep(const StepRows& rows) {}
+  // Runs `operations`: calls of the operations below that are the same, with the same tensors, for
+  // every step of as many rows. A backend may record them the first time and replay them later,
+  // without calling again.
+  virtual void Run(StepPart part, absl::FunctionRef<void()> operations) { operations(); }
+
   // out[m] = row ids[m] of table; out [M, table.k].
   virtual void Embed(const PackedMatrix& table, absl::Span<const uint32_t> ids, TensorView out) = 0;
   // x[m] += row ids[m] of table (learned positions).
@@ -168,6 +202,13 @@ class Backend {
   // and writes k and v of each row to its slot in the cache.
   virtual void RopeAndWriteKv(TensorView qkv, const RopeRows* rope,
                               absl::Span<const SequenceRows> sequences, const KvLayer& kv) = 0;
+  // NormMatMul and RopeAndWriteKv in one; k and v in qkv are left undefined.
+  virtual void NormQkv(const Norm& norm, TensorView x, const Linear& linear, const RopeRows* rope,
+                       absl::Span<const SequenceRows> sequences, const KvLayer& kv,
+                       TensorView qkv) {
+    NormMatMul(norm, x, linear, Activation::kNone, qkv);
+    RopeAndWriteKv(qkv, rope, sequences, kv);
+  }
   // out [M, num_heads * head_dim] = softmax(scale * q * K^T) * V, causal, over the cache. Query
   // head h reads KV head h / (num_heads / num_kv_heads). q = the first num_heads * head_dim columns
   // of qkv.
@@ -193,7 +234,8 @@ class Backend {
 // sleep while idle. INVALID_ARGUMENT unless 1 <= num_threads <= 1024.
 absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(int num_threads);
 
-// UNIMPLEMENTED in a build without CUDA, and until the CUDA engine is complete.
-absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(int device_index);
+// One GPU, with activations of `dtype` (kF16 or kBF16). UNIMPLEMENTED in a build without CUDA;
+// FAILED_PRECONDITION: no such device, or one older than compute capability 8.0.
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(int device_index, DType dtype);
 
 }  // namespace sluice

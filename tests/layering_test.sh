@@ -28,7 +28,7 @@ services/cli         | proto services/rpc services/text services/checkpoint serv
 worker/engine        | proto/sluice/internal kernels/core kernels/quant kernels/sampling kernels/backend
 worker               | proto services/rpc services/metrics worker/engine kernels/core kernels/quant kernels/sampling kernels/backend
 tests/kernels/cpu    | tests/support kernels/core kernels/quant kernels/sampling kernels/backend kernels/cpu
-tests/kernels/cuda   | tests/support kernels/core kernels/quant kernels/sampling kernels/backend kernels/cuda
+tests/kernels/cuda   | tests/support kernels/core kernels/quant kernels/sampling kernels/backend kernels/cpu kernels/cuda
 tests/kernels        | tests/support kernels
 tests/worker         | tests/support proto services/rpc services/metrics services/checkpoint worker kernels
 tests/services       | tests/support proto services kernels/core kernels/quant

@@ -28,6 +28,7 @@ struct Flags {
   WorkerOptions worker;
   std::string device = "cpu";
   int threads = 0;
+  std::string dtype = "float16";
   std::string memory;
   std::string metrics_listen;
   rpc::ProcessFlags process;
@@ -48,6 +49,8 @@ void AddFlags(CLI::App& app, Flags* flags) {
   rpc::AddFlag(app, "device-index", &flags->worker.device_index,
                "Number of this device in device maps; -1: the device \"cpu\" beside GPUs");
   rpc::AddFlag(app, "threads", &flags->threads, "Threads of a cpu worker; 0: one for each core");
+  rpc::AddFlag(app, "dtype", &flags->dtype,
+               "Activations and KV cache of a cuda worker: float16 or bfloat16");
   rpc::AddFlag(app, "memory", &flags->memory,
                "Memory for weights, KV cache and workspace, e.g. 8GiB; default: 90 % of what is "
                "free");
@@ -70,8 +73,13 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(Flags* flags) {
   if (flags->memory.empty()) {
     return absl::InvalidArgumentError("--memory: needed with " + flags->device + ", e.g. 70GiB");
   }
+  if (flags->dtype != "float16" && flags->dtype != "bfloat16") {
+    return absl::InvalidArgumentError("--dtype " + flags->dtype +
+                                      ": a GPU works in float16 or bfloat16");
+  }
   flags->worker.device_kind = "cuda";
-  return MakeCudaBackend(index);
+  const DType dtype = flags->dtype == "bfloat16" ? DType::kBF16 : DType::kF16;
+  return MakeCudaBackend(index, dtype);
 }
 
 absl::Status SetMemory(Flags* flags) {

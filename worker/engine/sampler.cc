@@ -57,7 +57,6 @@ SamplingRow MakeSamplingRow(int64_t row, const SequenceSlice& slice, const Seque
 
 Sampler::Sampler(const ShardAssignment& assignment, const Shard* shard, Backend* backend)
     : shard_(shard), backend_(backend), max_logit_rows_(assignment.max_batch_size()) {
-  sampled_rows_.reserve(assignment.max_batch_size());
   sampling_.reserve(assignment.max_batch_size());
   sampled_.resize(assignment.max_batch_size());
   scored_.reserve(assignment.max_batch_tokens() + ExtraRows(assignment));
@@ -104,17 +103,26 @@ void Sampler::ComputeLogits(TensorView hidden, absl::Span<const int64_t> rows) {
 }
 
 void Sampler::Run(const StepHeader& header, absl::Span<Sequence* const> sequences,
-                  TensorView hidden, int64_t num_rows, TokenFrame* frame) {
+                  absl::Span<const int64_t> sampled_rows, TensorView hidden, int64_t num_rows,
+                  TokenFrame* frame) {
+  sampled_rows_ = sampled_rows;
   CollectRows(header, sequences, hidden, num_rows, frame);
   if (sampled_rows_.empty() && scored_.empty()) return;
-  Project(hidden, used_rows_);
-  if (!sampled_rows_.empty()) SampleRows(header, sequences, hidden, frame);
+  const auto head = [&] {
+    Project(hidden, used_rows_);
+    if (!sampled_rows_.empty()) ComputeLogits(hidden, sampled_rows_);
+  };
+  if (scored_.empty()) {
+    backend_->Run(StepPart::kHead, head);
+  } else {
+    head();
+  }
+  if (!sampled_rows_.empty()) SampleRows(header, sequences, frame);
   if (!scored_.empty()) ScoreRows(hidden);
 }
 
 void Sampler::CollectRows(const StepHeader& header, absl::Span<Sequence* const> sequences,
                           TensorView hidden, int64_t num_rows, TokenFrame* frame) {
-  sampled_rows_.clear();
   sampling_.clear();
   scored_.clear();
   used_rows_ = num_rows;
@@ -126,9 +134,9 @@ void Sampler::CollectRows(const StepHeader& header, absl::Span<Sequence* const> 
     }
     row += slice.num_tokens();
     if (!slice.sample()) continue;
-    sampling_.push_back(
-        MakeSamplingRow(static_cast<int64_t>(sampled_rows_.size()), slice, *sequences[i]));
-    sampled_rows_.push_back(row - 1);
+    const auto index = static_cast<int64_t>(sampling_.size());
+    SLUICE_CHECK(sampled_rows_[index] == row - 1) << row;
+    sampling_.push_back(MakeSamplingRow(index, slice, *sequences[i]));
   }
 }
 
@@ -165,8 +173,7 @@ void Sampler::CollectScores(const SequenceSlice& slice, int64_t first_row, Seque
 }
 
 void Sampler::SampleRows(const StepHeader& header, absl::Span<Sequence* const> sequences,
-                         TensorView hidden, TokenFrame* frame) {
-  ComputeLogits(hidden, sampled_rows_);
+                         TokenFrame* frame) {
   const absl::Span<SampledToken> results = absl::MakeSpan(sampled_).subspan(0, sampling_.size());
   for (SampledToken& result : results) result = SampledToken();
   backend_->Sample(logits_.Rows(0, static_cast<int64_t>(sampled_rows_.size())), sampling_, results);

@@ -34,9 +34,11 @@ class Sampler {
 
   // Fills tokens and prompt_scores of `frame`. hidden [max_batch_tokens + ExtraRows, hidden_size]:
   // the first num_rows rows are the residual stream after the last layer; sequences[i] belongs to
-  // header.sequences(i), already advanced.
+  // header.sequences(i), already advanced. sampled_rows: those that the header wants sampled, the
+  // logit_rows that the backend's step began with.
   void Run(const internal::v1::StepHeader& header, absl::Span<Sequence* const> sequences,
-           TensorView hidden, int64_t num_rows, internal::v1::TokenFrame* frame);
+           absl::Span<const int64_t> sampled_rows, TensorView hidden, int64_t num_rows,
+           internal::v1::TokenFrame* frame);
 
   // Logits [num_rows, vocab_size] of the first num_rows rows of `hidden`. Allocates.
   std::vector<float> LogitsForTest(TensorView hidden, int64_t num_rows);
@@ -59,7 +61,7 @@ class Sampler {
   void CollectScores(const internal::v1::SequenceSlice& slice, int64_t first_row,
                      Sequence* sequence, TensorView hidden, internal::v1::TokenFrame* frame);
   void SampleRows(const internal::v1::StepHeader& header, absl::Span<Sequence* const> sequences,
-                  TensorView hidden, internal::v1::TokenFrame* frame);
+                  internal::v1::TokenFrame* frame);
   void ScoreRows(TensorView hidden);
 
   const Shard* const shard_;
@@ -71,7 +73,7 @@ class Sampler {
   std::unique_ptr<DeviceBuffer> logits_buffer_, projected_buffer_;
   uint64_t bytes_ = 0;
 
-  std::vector<int64_t> sampled_rows_;
+  absl::Span<const int64_t> sampled_rows_;  // Of the step
   std::vector<SamplingRow> sampling_;
   std::vector<SampledToken> sampled_;
   std::vector<ScoredRow> scored_;

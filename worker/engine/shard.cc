@@ -47,9 +47,10 @@ void ShardBuilder::AddGroup(Group group) {
 }
 
 void ShardBuilder::ExpectMatrix(const std::vector<LinearPart>& parts, int64_t k,
-                                const PackedMatrix** target) {
+                                const PackedMatrix** target, int64_t pair_distance) {
   Group group;
   group.matrix = target;
+  group.pair_distance = pair_distance;
   for (const LinearPart& part : parts) {
     group.parts.push_back({absl::StrCat(part.name, ".weight"), part.n, k, /*present=*/false, {}});
   }
@@ -66,8 +67,8 @@ void ShardBuilder::ExpectVector(const std::vector<LinearPart>& parts, const Devi
 }
 
 void ShardBuilder::ExpectLinear(const std::vector<LinearPart>& parts, int64_t k, bool bias,
-                                Linear* target) {
-  ExpectMatrix(parts, k, &target->weight);
+                                Linear* target, int64_t pair_distance) {
+  ExpectMatrix(parts, k, &target->weight, pair_distance);
   if (!bias) return;
   std::vector<LinearPart> biases = parts;
   for (LinearPart& part : biases) part.name += ".bias";
@@ -98,7 +99,8 @@ void ShardBuilder::ExpectLlamaLayer(int number, LayerWeights* layer) {
 
   ExpectNorm(prefix + "input_layernorm", NormKind::kRms, &layer->attention_norm);
   ExpectLinear({{attention + "q_proj", q}, {attention + "k_proj", kv}, {attention + "v_proj", kv}},
-               hidden, config.attention_bias(), &layer->qkv);
+               hidden, config.attention_bias(), &layer->qkv,
+               /*pair_distance=*/config.head_dim() / 2);
   ExpectLinear({{attention + "o_proj", hidden}}, q, config.attention_bias(), &layer->attention_out);
   ExpectNorm(prefix + "post_attention_layernorm", NormKind::kRms, &layer->mlp_norm);
   ExpectLinear({{mlp + "gate_proj", inner}, {mlp + "up_proj", inner}}, hidden, config.mlp_bias(),
@@ -197,7 +199,7 @@ absl::Status ShardBuilder::Upload(Group* group) {
   for (const Part& part : group->parts) tensors.push_back(&part.tensor);
   const std::string& name = group->parts[0].name;
   if (group->matrix != nullptr) {
-    auto matrix = backend_->Upload(tensors);
+    auto matrix = backend_->UploadPaired(tensors, group->pair_distance);
     SLUICE_RETURN_IF_ERROR(WithName(name, matrix.status()));
     *group->matrix = matrix->get();
     shard_->bytes += (*matrix)->bytes();

@@ -78,6 +78,7 @@ class ShardBuilder {
   struct Group {
     std::vector<Part> parts;
     const PackedMatrix** matrix = nullptr;
+    int64_t pair_distance = 0;
     const DeviceVector** vector = nullptr;
     bool required = true;
   };
@@ -87,9 +88,12 @@ class ShardBuilder {
     int64_t n = 0;
   };
 
-  void ExpectMatrix(const std::vector<LinearPart>& parts, int64_t k, const PackedMatrix** target);
+  // pair_distance: Backend::UploadPaired; 0: none.
+  void ExpectMatrix(const std::vector<LinearPart>& parts, int64_t k, const PackedMatrix** target,
+                    int64_t pair_distance = 0);
   void ExpectVector(const std::vector<LinearPart>& parts, const DeviceVector** target);
-  void ExpectLinear(const std::vector<LinearPart>& parts, int64_t k, bool bias, Linear* target);
+  void ExpectLinear(const std::vector<LinearPart>& parts, int64_t k, bool bias, Linear* target,
+                    int64_t pair_distance = 0);
   void ExpectNorm(const std::string& name, NormKind kind, Norm* target);
   void ExpectLlamaLayer(int number, LayerWeights* layer);
   void ExpectOptLayer(int number, LayerWeights* layer);

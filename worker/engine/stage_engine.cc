@@ -107,6 +107,7 @@ class Engine final : public StageEngine {
   std::vector<uint32_t> token_ids_;      // Stage 0
   std::vector<uint32_t> positions_;      // Position, or row of OPT's table
   std::vector<const float*> inv_freq_;   // Llama
+  std::vector<int64_t> logit_rows_;      // Last stage: rows that are sampled
   std::vector<float> inv_freq_scratch_;  // Dynamic scaling: [max_batch_tokens, half_dim]
 };
 
@@ -187,6 +188,7 @@ absl::Status Engine::Configure() {
   token_ids_.reserve(rows);
   positions_.reserve(rows);
   inv_freq_.reserve(rows);
+  logit_rows_.reserve(assignment_.max_batch_size());
   if (rope_ && rope_->depends_on_length()) inv_freq_scratch_.resize(rows * rope_->half_dim());
   table_ = std::make_unique<SequenceTable>(
       SequenceTable::Options{.num_blocks = assignment_.num_blocks(),
@@ -244,6 +246,7 @@ void Engine::ApplyStep(const StepHeader& header) {
   token_ids_.clear();
   positions_.clear();
   inv_freq_.clear();
+  logit_rows_.clear();
   for (const uint64_t seq_id : header.released_seq_ids()) {
     SLUICE_FAULT_POINT("worker.release");
     table_->Release(seq_id);
@@ -253,6 +256,7 @@ void Engine::ApplyStep(const StepHeader& header) {
     const std::optional<uint32_t> ahead_id = before == nullptr ? std::nullopt : before->sampled_id;
     sequences_.push_back(table_->Apply(header.step(), slice));
     AppendRows(slice, *sequences_.back(), ahead_id);
+    if (slice.sample() && assignment_.has_head()) logit_rows_.push_back(num_rows_ - 1);
   }
 }
 
@@ -271,15 +275,23 @@ LayerContext Engine::MakeContext() {
 }
 
 void Engine::RunLayers(const StepInput& input) {
-  const LayerContext context = MakeContext();
-  if (assignment_.has_embedding()) {
-    embed_(*shard_, token_ids_, positions_, context);
-  } else {
-    backend_->CopyFromHost(input.hidden_states, context.a.hidden);
+  backend_->BeginStep({.num_rows = num_rows_,
+                       .token_ids = token_ids_,
+                       .table_rows = positions_,
+                       .sequences = slices_,
+                       .inv_freq = inv_freq_,
+                       .half_dim = rope_ ? rope_->half_dim() : 0,
+                       .logit_rows = logit_rows_});
+  if (!assignment_.has_embedding()) {
+    backend_->CopyFromHost(input.hidden_states, workspace_->hidden().Rows(0, num_rows_));
   }
-  for (size_t i = 0; i < shard_->layers.size(); ++i) {
-    layer_(shard_->layers[i], kv_->layer(i), context);
-  }
+  backend_->Run(StepPart::kLayers, [this] {
+    const LayerContext context = MakeContext();
+    if (assignment_.has_embedding()) embed_(*shard_, token_ids_, positions_, context);
+    for (size_t i = 0; i < shard_->layers.size(); ++i) {
+      layer_(shard_->layers[i], kv_->layer(i), context);
+    }
+  });
 }
 
 void Engine::Finish(const StepHeader& header, StepOutput* output) {
@@ -289,7 +301,7 @@ void Engine::Finish(const StepHeader& header, StepOutput* output) {
     return;
   }
   SLUICE_FAULT_POINT("worker.before_sampling");
-  sampler_->Run(header, sequences_, workspace_->hidden(), num_rows_, &output->tokens);
+  sampler_->Run(header, sequences_, logit_rows_, workspace_->hidden(), num_rows_, &output->tokens);
   SLUICE_FAULT_POINT("worker.after_sampling");
   AddSampled(output->tokens);
 }

@@ -36,7 +36,13 @@ absl::StatusOr<std::unique_ptr<Workspace>> Workspace::Create(const ShardAssignme
                         .max_n = std::max({hidden, qkv, opt ? mlp : 2 * mlp, embedding, vocab}),
                         .max_k = std::max({hidden, attention, mlp, embedding}),
                         .max_heads = config.num_heads(),
-                        .max_context = assignment.max_model_len()}));
+                        .max_context = assignment.max_model_len(),
+                        .num_kv_heads = config.num_kv_heads(),
+                        .head_dim = config.head_dim(),
+                        .block_size = assignment.block_size(),
+                        .step_rows = rows,
+                        .max_sequences = assignment.max_batch_size(),
+                        .vocab = vocab}));
   return workspace;
 }
 
