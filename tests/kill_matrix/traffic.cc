@@ -105,6 +105,7 @@ void Traffic::HangUpOne(const Reference& reference) {
       ++tokens;
     }
   }
+  if (tokens > 0) ++gone_;
   context.TryCancel();
   while (reader->Read(&message)) {
   }

@@ -39,6 +39,7 @@ class Traffic {
   int whole() const { return whole_; }  // Answers
   int lost() const { return lost_; }    // Calls that ended with UNAVAILABLE
   int late() const { return late_; }    // Calls that came too late: CANCELLED, as above
+  int gone() const { return gone_; }    // Clients that hung up after some tokens
   double longest_call() const;          // Seconds
   std::vector<std::string> failures() const;
 
@@ -53,7 +54,7 @@ class Traffic {
   const std::vector<Reference>* const references_;
   const bool may_cancel_;
   std::atomic<bool> stop_{false};
-  std::atomic<int> whole_{0}, lost_{0}, late_{0};
+  std::atomic<int> whole_{0}, lost_{0}, late_{0}, gone_{0};
   mutable std::mutex mutex_;  // Guards what follows
   double longest_call_ = 0;
   std::vector<std::string> failures_;
