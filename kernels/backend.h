@@ -202,7 +202,8 @@ class Backend {
   // and writes k and v of each row to its slot in the cache.
   virtual void RopeAndWriteKv(TensorView qkv, const RopeRows* rope,
                               absl::Span<const SequenceRows> sequences, const KvLayer& kv) = 0;
-  // NormMatMul and RopeAndWriteKv in one; k and v in qkv are left undefined.
+  // NormMatMul and RopeAndWriteKv in one; qkv is then for PagedAttention of the same layer, which must
+  // follow, and for nothing else.
   virtual void NormQkv(const Norm& norm, TensorView x, const Linear& linear, const RopeRows* rope,
                        absl::Span<const SequenceRows> sequences, const KvLayer& kv,
                        TensorView qkv) {

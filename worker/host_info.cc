@@ -48,17 +48,6 @@ uint64_t CgroupAvailable() {
 
 }  // namespace
 
-std::string HostId() {
-  std::ifstream file("/proc/sys/kernel/random/boot_id");
-  std::string id;
-  if (file >> id) {
-    return id;
-  }
-  char name[256] = {};
-  gethostname(name, sizeof(name) - 1);
-  return name;
-}
-
 uint64_t AvailableMemory() { return std::min(MemAvailable(), CgroupAvailable()); }
 
 uint64_t ResidentBytes() {

@@ -2,12 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 namespace sluice::worker {
-
-// Equal for processes of one running host; the host's name where there is no boot id.
-std::string HostId();
 
 // Bytes that the process may still take: free memory of the host, cut to what the cgroup leaves.
 uint64_t AvailableMemory();

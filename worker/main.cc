@@ -87,7 +87,11 @@ absl::Status SetMemory(Flags* flags) {
     flags->worker.memory_bytes = AvailableMemory() / 10 * 9;
     return absl::OkStatus();
   }
-  SLUICE_ASSIGN_OR_RETURN(flags->worker.memory_bytes, rpc::ParseBytes(flags->memory));
+  absl::StatusOr<uint64_t> bytes = rpc::ParseBytes(flags->memory);
+  if (!bytes.ok()) {
+    return absl::InvalidArgumentError("--memory: " + std::string(bytes.status().message()));
+  }
+  flags->worker.memory_bytes = *bytes;
   return absl::OkStatus();
 }
 

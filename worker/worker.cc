@@ -8,6 +8,7 @@
 #include "kernels/core/fault_point.h"
 #include "kernels/core/status_macros.h"
 #include "services/rpc/log.h"
+#include "services/rpc/process.h"
 #include "worker/host_info.h"
 #include "worker/shard_fetcher.h"
 
@@ -106,7 +107,7 @@ void Worker::Attach() {
 internal::v1::WorkerHello Worker::Hello() {
   internal::v1::WorkerHello hello;
   hello.set_worker_id(options_.worker_id);
-  hello.set_host_id(HostId());
+  hello.set_host_id(rpc::HostId());
   hello.set_device_kind(options_.device_kind);
   hello.set_device_name(options_.device_name);
   hello.set_device_index(options_.device_index);

@@ -1,6 +1,6 @@
 // Attention over the paged KV cache on the device: one kernel for the rows that decode (split over
-// the keys), one for the rows of prompts. Both accumulate in float32 with mma.sync, on sm_80 and
-// newer.
+// the keys), one for the rows of prompts. Both accumulate in float32, with mma.sync on sm_80 and
+// newer; prompts on sm_90 with wgmma where head_dim is 64 or 128 and block_size a multiple of 16.
 //
 // KV layout: k and v are [num_blocks, num_kv_heads, block_size, head_dim] of the activation dtype,
 // elements of a head next to each other. qkv rows are num_heads, num_kv_heads and num_kv_heads
@@ -36,9 +36,9 @@ struct AttentionShape {
 // True for what the kernels below can do.
 bool AttentionSupports(const AttentionShape& shape);
 
-// Bytes of scratch for DecodeAttention, whatever the number of rows: with many of them the keys of a
-// row are not cut. It must be zero before the first use; every use leaves its counters zero, so one
-// scratch serves all layers of a stream.
+// Bytes of scratch for DecodeAttention, whatever the number of rows: with many of them the keys of
+// a row are not cut. It must be zero before the first use; every use leaves its counters zero, so
+// one scratch serves all layers of a stream.
 int64_t DecodeScratchBytes(const AttentionShape& shape, int num_sms);
 
 // Where DecodeAttention finds the new key and value of a row.

@@ -1,8 +1,9 @@
-// Flash prefill. A block takes the up to 64 rows of a tile and kHeads query heads of one KV head; each
-// of its four warps 16 rows of each head, so that a fragment of K or V read from shared memory
-// serves kHeads products. Tiles of keys come through a ring of two in shared memory; scores,
-// softmax and output stay in registers.
-#include "kernels/cuda/attention_device.h"
+// Flash prefill. A block takes the up to 64 rows of a tile and kHeads query heads of one KV head;
+// each of its four warps 16 rows of each head, so that a fragment of K or V read from shared memory
+// serves kHeads products. Tiles of keys come through shared memory, with kBuffers = 2 a whole tile
+// ahead, with 1 (more blocks on an SM) as soon as the tile before has been used; scores, softmax
+// and output stay in registers.
+#include "kernels/cuda/attention_prefill.cuh"
 
 namespace sluice {
 namespace {
@@ -10,19 +11,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kRows = kPrefillTileRows;
-constexpr float kLowest = -1e30f;
 static_assert(kRows == 16 * kWarps);
-
-struct PrefillParams {
-  DeviceStep step;
-  const void* qkv;
-  const void* k;
-  const void* v;
-  void* out;
-  int64_t qkv_stride, out_stride;
-  int num_kv_heads, block_size, group;
-  float scale;  // Times log2(e)
-};
 
 template <int kHeadDim>
 struct Layout {
@@ -31,7 +20,9 @@ struct Layout {
   static constexpr int kStride = kHeadDim * 2 + 16;
   static constexpr int kQueryBytes = kRows * kStride;  // Of a head
   static constexpr int kTileBytes = kKeys * kStride;   // Of K, and of V
-  static constexpr int Shared(int heads) { return heads * kQueryBytes + 4 * kTileBytes; }
+  static constexpr int Shared(int heads, int buffers) {
+    return heads * kQueryBytes + 2 * buffers * kTileBytes;
+  }
 };
 
 // Where the keys of one sequence and KV head lie.
@@ -68,69 +59,81 @@ struct KeySource {
   }
 };
 
-// Running softmax of one warp and head: rows lane / 4 and lane / 4 + 8.
-template <typename T, int kHeadDim>
-struct RowState {
-  float max[2] = {kLowest, kLowest};
-  float sum[2] = {0.0f, 0.0f};  // The lane's own share
-  float out[kHeadDim / 8][4];
-
-  __device__ RowState() {
+// Starts the copies of the tile's rows of q, all heads of the block; zeros behind the last row.
+template <typename T, int kHeadDim, int kHeads>
+__device__ __forceinline__ void FetchQueries(const PrefillParams& p, const PrefillTile& tile,
+                                             int head, uint32_t q_shared) {
+  using L = Layout<kHeadDim>;
+  constexpr int kChunks = kHeadDim / 8;
+  const T* q = static_cast<const T*>(p.qkv) + tile.row_begin * p.qkv_stride +
+               static_cast<int64_t>(head) * kHeadDim;
 #pragma unroll
-    for (auto& tile : out) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
+  for (int i = 0; i < kHeads * kRows * kChunks / kThreads; ++i) {
+    const int chunk = threadIdx.x + i * kThreads;
+    const int row = chunk / (kHeads * kChunks);
+    const int column = chunk % (kHeads * kChunks);
+    CopyAsync16(
+        q_shared + column / kChunks * L::kQueryBytes + row * L::kStride + column % kChunks * 16,
+        q + min(row, tile.num_rows - 1) * p.qkv_stride + column * 8, row < tile.num_rows);
   }
+}
 
-  // Turns the scores of a tile of keys into weights, relative to the new maximum.
-  template <int kTiles>
-  __device__ __forceinline__ void Update(float (&s)[kTiles][4], float scale) {
+// s += q times K of a tile; `q` and `k` are where the lane's row of a matrix lies in the first.
+template <typename T, int kHeadDim, int kHeads, int kKeyTiles>
+__device__ __forceinline__ void Score(uint32_t q, uint32_t k, float (&s)[kHeads][kKeyTiles][4]) {
+  using L = Layout<kHeadDim>;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float highest = s[0][2 * r];
+  for (int j = 0; j < kHeadDim / 16; ++j) {
+    uint32_t a[kHeads][4];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        highest = fmaxf(highest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
-      }
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-      highest = fmaxf(highest * scale, max[r]);
-      if (__any_sync(0xffffffffu, highest > max[r])) {
-        const float factor = Exp2(max[r] - highest);
-        max[r] = highest;
-        sum[r] *= factor;
-#pragma unroll
-        for (auto& tile : out) {
-          tile[2 * r] *= factor;
-          tile[2 * r + 1] *= factor;
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        s[n][2 * r] = Exp2(fmaf(s[n][2 * r], scale, -max[r]));
-        s[n][2 * r + 1] = Exp2(fmaf(s[n][2 * r + 1], scale, -max[r]));
-        sum[r] += s[n][2 * r] + s[n][2 * r + 1];
-      }
+    for (int h = 0; h < kHeads; ++h) {
+      LoadMatrices(a[h], q + h * L::kQueryBytes + 32 * j);
     }
-  }
-};
-
-// Scores of keys behind the row's own position become lowest. `above`: keys minus position of the
-// lane's first element.
-template <int kTiles>
-__device__ __forceinline__ void MaskCausal(float (&s)[kTiles][4], int above) {
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kKeyTiles; n += 2) {
+      uint32_t b[4];
+      LoadMatrices(b, k + n * 8 * L::kStride + 32 * j);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (above + 8 * n + i % 2 - i / 2 * 8 > 0) s[n][i] = kLowest;
+      for (int h = 0; h < kHeads; ++h) {
+        Mma<T>(s[h][n], a[h], b[0], b[1]);
+        Mma<T>(s[h][n + 1], a[h], b[2], b[3]);
+      }
     }
   }
 }
 
-template <typename T, int kHeadDim, int kHeads>
+// Adds weights (the scores of a tile after the softmax) times V of the tile.
+template <typename T, int kHeadDim, int kHeads, int kKeyTiles>
+__device__ __forceinline__ void AddValues(const float (&s)[kHeads][kKeyTiles][4], uint32_t v,
+                                          RowState<T, kHeadDim> (&rows)[kHeads]) {
+  using L = Layout<kHeadDim>;
+#pragma unroll
+  for (int n = 0; n < kKeyTiles; n += 2) {
+    uint32_t a[kHeads][4];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      a[h][0] = Numeric<T>::FromFloats(s[h][n][0], s[h][n][1]);
+      a[h][1] = Numeric<T>::FromFloats(s[h][n][2], s[h][n][3]);
+      a[h][2] = Numeric<T>::FromFloats(s[h][n + 1][0], s[h][n + 1][1]);
+      a[h][3] = Numeric<T>::FromFloats(s[h][n + 1][2], s[h][n + 1][3]);
+    }
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 16; ++j) {
+      uint32_t b[4];
+      LoadMatricesTransposed(b, v + n * 8 * L::kStride + 32 * j);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        Mma<T>(rows[h].out[2 * j], a[h], b[0], b[1]);
+        Mma<T>(rows[h].out[2 * j + 1], a[h], b[2], b[3]);
+      }
+    }
+  }
+}
+
+template <typename T, int kHeadDim, int kHeads, int kBuffers>
 __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p) {
   using L = Layout<kHeadDim>;
   constexpr int kKeyTiles = L::kKeys / 8;
-  constexpr int kChunks = kHeadDim / 8;
   extern __shared__ __align__(128) uint8_t shared[];
   LetNextStart();
   WaitForPrevious();
@@ -146,26 +149,18 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
       p.num_kv_heads, p.block_size};
   const T* k = static_cast<const T*>(p.k);
   const T* v = static_cast<const T*>(p.v);
-  const T* q = static_cast<const T*>(p.qkv) + tile.row_begin * p.qkv_stride +
-               static_cast<int64_t>(head) * kHeadDim;
   const uint32_t q_shared = SharedAddress(shared);
   const uint32_t k_shared = q_shared + kHeads * L::kQueryBytes;
-  const uint32_t v_shared = k_shared + 2 * L::kTileBytes;
+  const uint32_t v_shared = k_shared + kBuffers * L::kTileBytes;
 
-#pragma unroll
-  for (int i = 0; i < kHeads * kRows * kChunks / kThreads; ++i) {
-    const int chunk = threadIdx.x + i * kThreads;
-    const int row = chunk / (kHeads * kChunks);
-    const int column = chunk % (kHeads * kChunks);
-    CopyAsync16(
-        q_shared + column / kChunks * L::kQueryBytes + row * L::kStride + column % kChunks * 16,
-        q + min(row, tile.num_rows - 1) * p.qkv_stride + column * 8, row < tile.num_rows);
-  }
+  FetchQueries<T, kHeadDim, kHeads>(p, tile, head, q_shared);
   uint32_t located = keys.Locate(0);
   keys.Fetch(k, 0, located, k_shared);
   CommitCopies();
-  keys.Fetch(v, 0, located, v_shared);
-  CommitCopies();
+  if (kBuffers == 2) {
+    keys.Fetch(v, 0, located, v_shared);
+    CommitCopies();
+  }
 
   const uint32_t q_fragment = q_shared + (16 * warp + lane % 16) * L::kStride + lane / 16 * 16;
   const uint32_t k_fragment = (lane % 8 + lane / 16 * 8) * L::kStride + lane / 8 % 2 * 16;
@@ -174,36 +169,33 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
   RowState<T, kHeadDim> rows[kHeads];
   const int num_tiles = (length + L::kKeys - 1) / L::kKeys;
   for (int t = 0; t < num_tiles; ++t) {
-    const uint32_t k_tile = k_shared + t % 2 * L::kTileBytes;
-    const uint32_t v_tile = v_shared + t % 2 * L::kTileBytes;
-    WaitForCopies<1>();
-    __syncthreads();  // K of this tile is there, and everyone is done with the tile before
-    const bool more = t + 1 < num_tiles;
+    const int buffer = t % kBuffers * L::kTileBytes;
+    const int next_buffer = (t + 1) % kBuffers * L::kTileBytes;
+    const uint32_t k_tile = k_shared + buffer;
+    const uint32_t v_tile = v_shared + buffer;
     const int next = (t + 1) * L::kKeys;
-    if (more) {
-      located = keys.Locate(next);
-      keys.Fetch(k, next, located, k_shared + (t + 1) % 2 * L::kTileBytes);
+    const bool more = t + 1 < num_tiles;
+    const auto fetch_next_k = [&] {
+      if (more) {
+        located = keys.Locate(next);
+        keys.Fetch(k, next, located, k_shared + next_buffer);
+      }
+      CommitCopies();
+    };
+    WaitForCopies<kBuffers - 1>();
+    __syncthreads();  // K of this tile is there, and everyone is done with the tile before
+    if (kBuffers == 2) {
+      fetch_next_k();
+    } else {
+      keys.Fetch(v, t * L::kKeys, located, v_tile);
+      CommitCopies();
     }
-    CommitCopies();
 
     float s[kHeads][kKeyTiles][4] = {};
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 16; ++j) {
-      uint32_t a[kHeads][4];
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        LoadMatrices(a[h], q_fragment + h * L::kQueryBytes + 32 * j);
-      }
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; n += 2) {
-        uint32_t b[4];
-        LoadMatrices(b, k_tile + k_fragment + n * 8 * L::kStride + 32 * j);
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-          Mma<T>(s[h][n], a[h][0], a[h][1], a[h][2], a[h][3], b[0], b[1]);
-          Mma<T>(s[h][n + 1], a[h][0], a[h][1], a[h][2], a[h][3], b[2], b[3]);
-        }
-      }
+    Score<T, kHeadDim, kHeads>(q_fragment, k_tile + k_fragment, s);
+    if (kBuffers == 1) {
+      __syncthreads();  // Everyone is done with K
+      fetch_next_k();
     }
     const bool mask = (t + 1) * L::kKeys - 1 > warp_position;
 #pragma unroll
@@ -214,56 +206,25 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const PrefillParams p)
 
     WaitForCopies<1>();
     __syncthreads();  // V of this tile
-    if (more) keys.Fetch(v, next, located, v_shared + (t + 1) % 2 * L::kTileBytes);
-    CommitCopies();
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; n += 2) {
-      uint32_t a[kHeads][4];
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        a[h][0] = Pack<T>(s[h][n][0], s[h][n][1]);
-        a[h][1] = Pack<T>(s[h][n][2], s[h][n][3]);
-        a[h][2] = Pack<T>(s[h][n + 1][0], s[h][n + 1][1]);
-        a[h][3] = Pack<T>(s[h][n + 1][2], s[h][n + 1][3]);
-      }
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 16; ++j) {
-        uint32_t b[4];
-        LoadMatricesTransposed(b, v_tile + v_fragment + n * 8 * L::kStride + 32 * j);
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-          Mma<T>(rows[h].out[2 * j], a[h][0], a[h][1], a[h][2], a[h][3], b[0], b[1]);
-          Mma<T>(rows[h].out[2 * j + 1], a[h][0], a[h][1], a[h][2], a[h][3], b[2], b[3]);
-        }
-      }
+    if (kBuffers == 2) {
+      if (more) keys.Fetch(v, next, located, v_shared + next_buffer);
+      CommitCopies();
     }
+    AddValues<T, kHeadDim, kHeads>(s, v_tile + v_fragment, rows);
   }
 
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = rows[h].sum[r];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      const float inverse = 1.0f / sum;
-      const int row = 16 * warp + lane / 4 + 8 * r;
-      if (row >= tile.num_rows) continue;
-      auto* out = reinterpret_cast<uint32_t*>(
-          static_cast<T*>(p.out) + (tile.row_begin + row) * p.out_stride +
-          static_cast<int64_t>(head + h) * kHeadDim + 2 * (lane % 4));
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        out[4 * n] = Pack<T>(rows[h].out[n][2 * r] * inverse, rows[h].out[n][2 * r + 1] * inverse);
-      }
-    }
+    T* out = static_cast<T*>(p.out) + (tile.row_begin + 16 * warp) * p.out_stride +
+             static_cast<int64_t>(head + h) * kHeadDim;
+    StoreRows(rows[h], tile.num_rows - 16 * warp, out, p.out_stride);
   }
 }
 
-template <typename T, int kHeadDim, int kHeads>
+template <typename T, int kHeadDim, int kHeads, int kBuffers>
 void LaunchPrefill(const LaunchContext& context, const PrefillParams& params, int num_heads) {
-  constexpr int kShared = Layout<kHeadDim>::Shared(kHeads);
-  auto* kernel = &PrefillKernel<T, kHeadDim, kHeads>;
+  constexpr int kShared = Layout<kHeadDim>::Shared(kHeads, kBuffers);
+  auto* kernel = &PrefillKernel<T, kHeadDim, kHeads, kBuffers>;
   AllowShared(kernel, kShared);
   Launch(context, kernel, dim3(num_heads / kHeads, params.step.num_prefill_tiles), dim3(kThreads),
          kShared, params);
@@ -287,16 +248,17 @@ void PrefillAttention(const LaunchContext& context, const DeviceStep& step,
   params.block_size = shape.block_size;
   params.group = shape.num_heads / shape.num_kv_heads;
   params.scale = shape.scale * kLog2E;
+  if (LaunchPrefillSm90(context, shape, params)) return;
+  // Pairs of heads where they leave two blocks for every SM; the bits are the same.
+  const int64_t pairs = static_cast<int64_t>(step.num_prefill_tiles) * shape.num_heads / 2;
   ForShape(shape, [&]<typename T, int kHeadDim>() {
     if constexpr (kHeadDim <= 128) {
-      // Pairs of heads, where they leave two blocks for every SM; the bits are the same.
-      const int64_t pairs = static_cast<int64_t>(step.num_prefill_tiles) * shape.num_heads / 2;
       if (params.group % 2 == 0 && pairs >= 2 * context.num_sms &&
-          Layout<kHeadDim>::Shared(2) <= context.max_shared_bytes) {
-        return LaunchPrefill<T, kHeadDim, 2>(context, params, shape.num_heads);
+          Layout<kHeadDim>::Shared(2, 2) <= context.max_shared_bytes) {
+        return LaunchPrefill<T, kHeadDim, 2, 2>(context, params, shape.num_heads);
       }
     }
-    LaunchPrefill<T, kHeadDim, 1>(context, params, shape.num_heads);
+    LaunchPrefill<T, kHeadDim, 1, 1>(context, params, shape.num_heads);
   });
 }
 

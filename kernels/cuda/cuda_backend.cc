@@ -78,7 +78,8 @@ absl::Status CudaBackend::Init(int device_index) {
       cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "making a stream"));
   context_.num_sms = properties.multiProcessorCount;
   context_.max_shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin);
-  context_.dependent_launch = properties.major >= 9;
+  // Newer cards run the PTX of sm_80, whose kernels do not wait for each other.
+  context_.dependent_launch = properties.major == 9;
   SLUICE_ASSIGN_OR_RETURN(gemm_, Gemm::Create(kGemmWorkspace));
   SLUICE_ASSIGN_OR_RETURN(batch_scratch_,
                           DeviceMemory::Allocate(BatchScratchBytes(context_.num_sms)));
@@ -245,9 +246,8 @@ RopeRows CudaBackend::RopeTable(absl::Span<const uint32_t> positions,
 // --- Products ---
 
 bool CudaBackend::FitsSmall(const CudaPackedMatrix::Part& part, int64_t rows) const {
-  return rows <= kSmallRows &&
-         SmallMatMulShared(part.format, part.weight, static_cast<int>(rows), NormKind::kLayer) <=
-             context_.max_shared_bytes;
+  return rows <= kSmallRows && SmallMatMulShared(part.format, part.weight, static_cast<int>(rows),
+                                                 NormKind::kLayer) <= context_.max_shared_bytes;
 }
 
 bool CudaBackend::CanPair(const CudaPackedMatrix& weight, int64_t rows,
@@ -326,21 +326,12 @@ void CudaBackend::Product(const Norm& norm, const Rows& rows, const Linear& line
 
 void CudaBackend::BatchedProduct(const CudaPackedMatrix::Part& part, InputParams in,
                                  EpilogueParams out) {
-  const int64_t half = part.weight.order.pair_distance;
   const int64_t y_element = out.kind == EpilogueKind::kLogits ? 4 : kElement;
   for (int64_t left = in.rows; left > 0; left -= kBatchRows) {
     in.rows = static_cast<int32_t>(std::min<int64_t>(left, kBatchRows));
     BatchedMatMul(context_, dtype_, part.format, {in, part.weight, out}, batch_scratch_.data());
     in.x = static_cast<const uint8_t*>(in.x) + kBatchRows * in.stride * kElement;
     out.y = static_cast<uint8_t*>(out.y) + kBatchRows * out.y_stride * y_element;
-    if (out.kind == EpilogueKind::kQkv) {
-      out.qkv.positions += kBatchRows;
-      out.qkv.sequences += kBatchRows;
-      if (out.qkv.cos != nullptr) {
-        out.qkv.cos += kBatchRows * half;
-        out.qkv.sin += kBatchRows * half;
-      }
-    }
   }
 }
 
@@ -351,7 +342,7 @@ void CudaBackend::LargeProduct(const CudaPackedMatrix::Part& part, const InputPa
   const int64_t pair = w.order.pair_distance;
   const bool halves = pair > 0 && w.order.n == 2 * pair;
   // Whole sections, or any tiles when the two halves are taken apart.
-  const int64_t step = pair > 0 && !halves ? std::max<int64_t>(1, pair / 8) : 1;
+  const int64_t step = pair > 0 && !halves ? pair / 8 : 1;
   const int64_t fitting = unpacked_.bytes() / (kTileRows * stride * kElement);
   const int64_t slice = std::max<int64_t>(1, fitting / step) * step;
   SLUICE_CHECK(slice * kTileRows * stride * kElement <= unpacked_.bytes() || !halves) << slice;
@@ -550,44 +541,28 @@ void CudaBackend::RopeAndWriteKv(TensorView qkv, const RopeRows* rope,
 void CudaBackend::NormQkv(const Norm& norm, TensorView x, const Linear& linear,
                           const RopeRows* rope, absl::Span<const SequenceRows> sequences,
                           const KvLayer& kv, TensorView qkv) {
-  const int64_t rows = PaddedRows(x);
-  const int64_t pair_distance = rope == nullptr ? 0 : rope->half_dim;
-  const bool whole_head = rope == nullptr || 2 * rope->half_dim == kv.head_dim;
-  if (!whole_head || !CanPair(Packed(*linear.weight), rows, pair_distance)) {
-    return Backend::NormQkv(norm, x, linear, rope, sequences, kv, qkv);
-  }
-  const DeviceStep& step = step_.device();
-  EpilogueParams out;
-  out.kind = EpilogueKind::kQkv;
-  out.y = qkv.data;
-  out.y_stride = qkv.stride;
-  out.qkv.k = kv.k;
-  out.qkv.v = kv.v;
-  out.qkv.positions = step.positions;
-  out.qkv.sequences = step.sequences;
-  out.qkv.block_tables = step.block_tables;
-  out.qkv.block_table_stride = step.block_table_stride;
-  out.qkv.cos = rope == nullptr ? nullptr : rope->cos;
-  out.qkv.sin = rope == nullptr ? nullptr : rope->sin;
-  out.qkv.num_kv_heads = static_cast<int32_t>(kv.num_kv_heads);
-  out.qkv.head_dim = static_cast<int32_t>(kv.head_dim);
-  out.qkv.block_size = static_cast<int32_t>(kv.block_size);
-  out.qkv.num_heads = static_cast<int32_t>(qkv.cols / kv.head_dim - 2 * kv.num_kv_heads);
-  Product(norm, {x, rows, nullptr}, linear, out);
+  NormMatMul(norm, x, linear, Activation::kNone, qkv);
+  if (step_.device().num_prefill_tiles > 0) return RopeAndWriteKv(qkv, rope, sequences, kv);
+  new_keys_ = rope == nullptr ? NewKeys::kWrite : NewKeys::kTurnAndWrite;
 }
 
 void CudaBackend::PagedAttention(TensorView qkv, absl::Span<const SequenceRows> sequences,
                                  const KvLayer& kv, float scale, TensorView out) {
   SLUICE_CHECK(qkv.rows == step_.real_rows() && out.rows == qkv.rows) << qkv.rows;
-  const DeviceStep& step = step_.device();
+  DeviceStep step = step_.device();
   const AttentionShape shape = ShapeOf(kv, out.cols / kv.head_dim, scale);
+  if (new_keys_ == NewKeys::kTurnAndWrite) {
+    step.cos = rope_.as<float>();
+    step.sin = step.cos + step.rows * step.half_dim;
+  }
   if (step.num_decode_rows > 0) {
     DecodeAttention(context_, step, shape, qkv.data, qkv.stride, kv, out.data, out.stride,
-                    decode_scratch_.data());
+                    decode_scratch_.data(), new_keys_);
   }
   if (step.num_prefill_tiles > 0) {
     PrefillAttention(context_, step, shape, qkv.data, qkv.stride, kv, out.data, out.stride);
   }
+  new_keys_ = NewKeys::kReady;
 }
 
 }  // namespace sluice

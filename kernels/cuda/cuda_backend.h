@@ -122,6 +122,10 @@ class CudaBackend final : public Backend {
   // Rows of views in a step: the padded count in place of the real one.
   int64_t PaddedRows(const TensorView& view) const;
 
+  // How the next PagedAttention finds the new keys: NormQkv leaves turning and writing to it when
+  // all rows decode.
+  NewKeys new_keys_ = NewKeys::kReady;
+
   const DType dtype_;
   std::string name_;
   LaunchContext context_;

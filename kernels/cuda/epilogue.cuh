@@ -23,91 +23,74 @@ __device__ __forceinline__ float Activate(Activation act, float x) {
   return x;
 }
 
-// Where row `row` of q, k and v goes for the token at `slot` of its KV block; value already turned.
+// One pair of rows of W (g and g + 8 of a tile) and one row of x at a time. What depends on the row of
+// x alone, on the pair of rows alone, and what is read of memory for both can each be asked for
+// early, so that nothing is waited for when the sums are there.
 template <typename T>
-__device__ __forceinline__ void StoreQkvRow(const EpilogueParams& out, int token, int row,
-                                            int64_t block, int slot, float value) {
-  const QkvTarget& qkv = out.qkv;
-  const int head = row / qkv.head_dim;
-  const int element = row - head * qkv.head_dim;
-  if (head < qkv.num_heads) {
-    static_cast<T*>(out.y)[token * out.y_stride + row] = Numeric<T>::FromFloat(value);
-    return;
-  }
-  if (block < 0) return;  // Padding
-  const int kv_head = head - qkv.num_heads;
-  const bool is_k = kv_head < qkv.num_kv_heads;
-  const int index = is_k ? kv_head : kv_head - qkv.num_kv_heads;
-  const int64_t at =
-      ((block * qkv.num_kv_heads + index) * qkv.block_size + slot) * qkv.head_dim + element;
-  static_cast<T*>(is_k ? qkv.k : qkv.v)[at] = Numeric<T>::FromFloat(value);
-}
+class Epilogue {
+ public:
+  __device__ __forceinline__ Epilogue(const EpilogueParams& out, const RowOrder& order)
+      : out_(out), order_(order) {}
 
-template <typename T>
-__device__ __forceinline__ void StoreQkv(const EpilogueParams& out, const RowOrder& order,
-                                         int token, int low_row, float low, float high) {
-  const QkvTarget& qkv = out.qkv;
-  const int position = qkv.positions[token];
-  int64_t block = -1;
-  int slot = 0;
-  if (position >= 0) {
-    const int index = position / qkv.block_size;
-    slot = position - index * qkv.block_size;
-    block = qkv.block_tables[qkv.sequences[token] * qkv.block_table_stride + index];
-  }
-  const int head = low_row / qkv.head_dim;
-  if (qkv.cos != nullptr && head < qkv.num_heads + qkv.num_kv_heads) {
-    const int half = order.pair_distance;  // Half a head
-    const int64_t at = int64_t{token} * half + (low_row - head * qkv.head_dim);
-    const float cosine = qkv.cos[at], sine = qkv.sin[at];
-    // The unfused path rounds q and k to T before it turns them; so does this one.
-    low = Numeric<T>::ToFloat(Numeric<T>::FromFloat(low));
-    high = Numeric<T>::ToFloat(Numeric<T>::FromFloat(high));
-    const float turned = low * cosine - high * sine;
-    high = high * cosine + low * sine;
-    low = turned;
-  }
-  const int high_row = order.HighRow(low_row);
-  if (low_row < order.n) StoreQkvRow<T>(out, token, low_row, block, slot, low);
-  if (high_row < order.n) StoreQkvRow<T>(out, token, high_row, block, slot, high);
-}
+  // Row of x.
+  __device__ __forceinline__ void SetToken(int token) { token_ = token; }
 
-template <typename T>
-__device__ __forceinline__ void StoreRow(const EpilogueParams& out, int token, int row,
-                                         float value) {
-  const int64_t at = token * out.y_stride + row;
-  if (out.kind == EpilogueKind::kLogits) {
-    static_cast<float*>(out.y)[at] = value;
-    return;
-  }
-  T* y = static_cast<T*>(out.y) + at;
-  value = out.kind == EpilogueKind::kResidual ? Numeric<T>::ToFloat(*y) + value
-                                              : Activate(out.act, value);
-  *y = Numeric<T>::FromFloat(value);
-}
-
-// low, high: accumulators of row low_row and of its partner, for row `token` of x.
-template <typename T>
-__device__ __forceinline__ void Finish(const EpilogueParams& out, const RowOrder& order, int token,
-                                       int low_row, float low, float high) {
-  const int high_row = order.HighRow(low_row);
-  low *= out.scale;
-  high *= out.scale;
-  if (out.bias != nullptr) {
-    if (low_row < order.n) low += out.bias[low_row];
-    if (high_row < order.n) high += out.bias[high_row];
-  }
-  if (out.kind == EpilogueKind::kQkv) {
-    StoreQkv<T>(out, order, token, low_row, low, high);
-  } else if (out.kind == EpilogueKind::kGateUp) {
-    if (low_row < order.n) {
-      static_cast<T*>(out.y)[token * out.y_stride + low_row] =
-          Numeric<T>::FromFloat(Activate(out.act, low) * high);
+  // Rows of W; low_row may be n or more (nothing is stored then).
+  __device__ __forceinline__ void SetRows(int low_row) {
+    low_row_ = low_row;
+    high_row_ = order_.HighRow(low_row);
+    low_bias_ = high_bias_ = 0.0f;
+    if (out_.bias != nullptr) {
+      if (low_row_ < order_.n) low_bias_ = out_.bias[low_row_];
+      if (high_row_ < order_.n) high_bias_ = out_.bias[high_row_];
     }
-  } else {
-    if (low_row < order.n) StoreRow<T>(out, token, low_row, low);
-    if (high_row < order.n) StoreRow<T>(out, token, high_row, high);
   }
-}
+
+  // Reads what Store() needs of the token and the rows. Of a residual's row it must come after
+  // whatever wrote the row.
+  __device__ __forceinline__ void Prefetch() {
+    if (out_.kind == EpilogueKind::kResidual) {
+      const T* y = static_cast<const T*>(out_.y) + token_ * out_.y_stride;
+      if (low_row_ < order_.n) low_before_ = Numeric<T>::ToFloat(y[low_row_]);
+      if (high_row_ < order_.n) high_before_ = Numeric<T>::ToFloat(y[high_row_]);
+    }
+  }
+
+  // low, high: accumulators of the two rows.
+  __device__ __forceinline__ void Store(float low, float high) {
+    low = low * out_.scale + low_bias_;
+    high = high * out_.scale + high_bias_;
+    switch (out_.kind) {
+      case EpilogueKind::kGateUp:
+        if (low_row_ < order_.n) Row()[low_row_] = ToT(Activate(out_.act, low) * high);
+        return;
+      case EpilogueKind::kLogits: {
+        float* y = static_cast<float*>(out_.y) + token_ * out_.y_stride;
+        if (low_row_ < order_.n) y[low_row_] = low;
+        if (high_row_ < order_.n) y[high_row_] = high;
+        return;
+      }
+      case EpilogueKind::kResidual:
+        if (low_row_ < order_.n) Row()[low_row_] = ToT(low_before_ + low);
+        if (high_row_ < order_.n) Row()[high_row_] = ToT(high_before_ + high);
+        return;
+      case EpilogueKind::kStore:
+        if (low_row_ < order_.n) Row()[low_row_] = ToT(Activate(out_.act, low));
+        if (high_row_ < order_.n) Row()[high_row_] = ToT(Activate(out_.act, high));
+        return;
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ T ToT(float x) { return Numeric<T>::FromFloat(x); }
+  __device__ __forceinline__ T* Row() const {
+    return static_cast<T*>(out_.y) + token_ * out_.y_stride;
+  }
+  const EpilogueParams& out_;
+  const RowOrder& order_;
+  int token_ = 0, low_row_ = 0, high_row_ = 0;
+  float low_bias_ = 0.0f, high_bias_ = 0.0f;
+  float low_before_ = 0.0f, high_before_ = 0.0f;  // Residual
+};
 
 }  // namespace sluice

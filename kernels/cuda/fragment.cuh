@@ -1,8 +1,9 @@
 // From a record of the packed layout (packed_layout.h) to the A operand of mma.m16n8k16: what the
 // codes of one step mean, as pairs of T. Scaled: each weight is the product of scale and code (or
 // their fused multiply-add) rounded to T, as the libraries that wrote the checkpoint dequantize it.
-// Unscaled: codes minus zero point, or table values, and the sum over a granule is multiplied by the
-// scale in float32: fewer instructions where a weight meets few rows of x, and one rounding less.
+// Unscaled: table values or codes, the latter of int4_zero still with the constant that made them
+// numbers (RawOffset); what is missing is made good in float32 on the sum over a granule: fewer
+// instructions where a weight meets few rows of x, and one rounding less.
 #pragma once
 
 #include "kernels/cuda/numeric.cuh"
@@ -13,7 +14,8 @@ namespace sluice {
 // Scales of rows g and g + 8 of the granule in work, each twice; and the format's second number.
 struct GranuleState {
   uint32_t scale_low, scale_high;
-  uint32_t second_low, second_high;  // Zero points in the form the codes come in; or offsets
+  uint32_t second_low, second_high;  // Offsets; or zero points: in the form the codes come in
+                                     // (scaled), as numbers (unscaled)
 };
 
 // The 16 values of table4 as pairs, for each byte of two codes. In shared memory.
@@ -24,7 +26,7 @@ __device__ void FillPairTable(const float* values, uint32_t* pairs) {
   }
 }
 
-template <typename T, QuantFormat kFormat>
+template <typename T, QuantFormat kFormat, bool kScaled>
 __device__ __forceinline__ GranuleState LoadGranule(const uint8_t* granule, int g) {
   GranuleState state{};
   const uint32_t scales = *reinterpret_cast<const uint32_t*>(granule + 4 * g);
@@ -33,6 +35,11 @@ __device__ __forceinline__ GranuleState LoadGranule(const uint8_t* granule, int 
   if constexpr (kFormat == QuantFormat::kInt4Zero) {
     const uint32_t zeros = *reinterpret_cast<const uint16_t*>(granule + 32 + 2 * g);
     const uint32_t low = zeros & 0xff, high = zeros >> 8;
+    if constexpr (!kScaled) {
+      state.second_low = low;
+      state.second_high = high;
+      return state;
+    }
     if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
       state.second_low = (0x6400u | low) * 0x10001u;           // 1024 + zero
       state.second_high = (0xd400u + (high << 4)) * 0x10001u;  // -(64 + zero)
@@ -109,6 +116,37 @@ __device__ __forceinline__ void Int8Codes(uint32_t word, uint32_t& first, uint32
   }
 }
 
+// Unscaled codes of int4_zero are code * factor + offset; the sum over a granule of weight * x is
+//   scale / factor * (sum of raw * x - (offset + factor * zero) * sum of x)
+struct RawOffset {
+  float inverse_factor, offset, factor;
+};
+template <typename T>
+__device__ __forceinline__ RawOffset RawOffsetOf(bool high_row) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return high_row ? RawOffset{0.0625f, 1024.0f, 16.0f} : RawOffset{1.0f, 1024.0f, 1.0f};
+  } else {
+    return {1.0f, 128.0f, 1.0f};
+  }
+}
+
+// Four pairs of raw codes of one word.
+template <typename T>
+__device__ __forceinline__ void RawInt4Codes(uint32_t word, uint32_t magic, uint32_t (&a)[4]) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const uint32_t next = word >> 8;
+    a[0] = Insert<0x000f000fu>(word, magic);
+    a[1] = Insert<0x00f000f0u>(word, magic);
+    a[2] = Insert<0x000f000fu>(next, magic);
+    a[3] = Insert<0x00f000f0u>(next, magic);
+  } else {
+    a[0] = Insert<0x000f000fu>(word, magic);
+    a[1] = Insert<0x000f000fu>(word >> 4, magic);
+    a[2] = Insert<0x000f000fu>(word >> 8, magic);
+    a[3] = Insert<0x000f000fu>(word >> 12, magic);
+  }
+}
+
 // A operand of step s of a record. `record` points to shared memory, `codes` holds what the lane
 // has loaded of it.
 template <typename T, QuantFormat kFormat, bool kScaled>
@@ -137,9 +175,11 @@ struct Fragment {
       // Words 0..3: row g, columns 8t .. 8t+7; words 4..7: row g + 8.
       a[0] = words[2 * s], a[1] = words[4 + 2 * s], a[2] = words[2 * s + 1];
       a[3] = words[4 + 2 * s + 1];
+    } else if constexpr (kFormat == QuantFormat::kInt4Zero && !kScaled) {
+      RawInt4Codes<T>(words[s], magic, a);
     } else if constexpr (kFormat == QuantFormat::kInt4Zero) {
       Int4Codes<T, true>(words[s], magic, state, a);
-      if constexpr (kScaled) Scale(state, a);
+      Scale(state, a);
     } else if constexpr (kFormat == QuantFormat::kInt4Offset) {
       static_assert(kScaled, "an offset belongs to each weight");
       Int4Codes<T, false>(words[s], magic, state, a);

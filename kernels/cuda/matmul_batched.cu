@@ -13,6 +13,7 @@ constexpr int kThreads = 32 * kRowWarps * kKWarps;
 constexpr int kTiles = 2 * kRowWarps;  // Of a block of rows
 constexpr int kMaxTokenTiles = kBatchRows / 8;
 constexpr int kMaxStages = 4;
+constexpr int kMinUnits = 8;
 constexpr int kMaxRowBlocks = 1 << 15;
 
 // A unit of work is one record of each of the kTiles tiles of a block of rows, against the columns
@@ -77,16 +78,16 @@ class Producer {
     const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
     const int column = x_record_ * kColumns + piece * 8;
     const int in_row = max(0, min(16, (p_.w.k - column) * 2));
-    const T* source =
-        static_cast<const T*>(p_.in.x) + first * p_.in.stride + (in_row > 0 ? column : 0);
+    // What is not there is read from the start of x, with 0 bytes.
+    const auto* base = static_cast<const T*>(p_.in.x);
+    int64_t offset = int64_t{first} * p_.in.stride + column;
     uint8_t* to = x + first * kRowBytes + piece * 16;
 #pragma unroll
     for (int row = 0; row < kTokenTiles * 8; row += kRowsAtOnce) {
-      if (first + row < kTokenTiles * 8) {
-        const bool there = first + row < p_.in.rows;
-        CopyAsync16(to + row * kRowBytes, there ? source + row * p_.in.stride : p_.in.x,
-                    there ? in_row : 0);
-      }
+      if (kRowsAtOnce > kTokenTiles * 8 && first >= kTokenTiles * 8) break;
+      const int bytes = first + row < p_.in.rows ? in_row : 0;
+      CopyAsync16(to + row * kRowBytes, base + (bytes > 0 ? offset : 0), bytes);
+      offset += kRowsAtOnce * p_.in.stride;
     }
     if (++x_record_ == p_.w.records) x_record_ = 0;
   }
@@ -138,7 +139,7 @@ __device__ __forceinline__ void MultiplyStage(const WeightParams& w, const uint8
     if (block == 0 || (step & (w.steps_per_granule - 1)) == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        state[i] = LoadGranule<T, kFormat>(
+        state[i] = LoadGranule<T, kFormat, /*kScaled=*/true>(
             records[i] + kRecordCodeBytes + step / w.steps_per_granule * GranuleBytes(kFormat),
             lane / 4);
       }
@@ -161,7 +162,7 @@ __device__ __forceinline__ void MultiplyStage(const WeightParams& w, const uint8
   }
 }
 
-// Adds what the second half of the columns gave to the first, in the warps of the first.
+// Adds up the two halves of the columns: tile i's sums end in the warps of half i.
 template <int kTokenTiles>
 __device__ void JoinHalves(Accumulators<kTokenTiles>& acc, float* exchange, int row_warp,
                            int k_warp) {
@@ -169,7 +170,7 @@ __device__ void JoinHalves(Accumulators<kTokenTiles>& acc, float* exchange, int 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     __syncthreads();
-    if (k_warp == 1) {
+    if (k_warp != i) {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
@@ -177,11 +178,11 @@ __device__ void JoinHalves(Accumulators<kTokenTiles>& acc, float* exchange, int 
       }
     }
     __syncthreads();
-    if (k_warp == 0) {
+    if (k_warp == i) {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) acc[i][n][j] += mine[(n * 4 + j) * 32];
+        for (int j = 0; j < 4; ++j) acc[0][n][j] = acc[i][n][j] + mine[(n * 4 + j) * 32];
       }
     }
   }
@@ -193,27 +194,26 @@ template <int kTokenTiles>
 constexpr int kSlotFloats = kRowWarps * 2 * kTokenTiles * 4 * 32;
 
 template <int kTokenTiles>
-__device__ float* SlotOf(float* partials, int block, bool first, int row_warp) {
+__device__ float* SlotOf(float* partials, int block, bool first, int row_warp, int k_warp) {
   const int64_t slot = 2 * int64_t{block} + (first ? 0 : 1);
-  return partials + slot * kSlotFloats<kTokenTiles> + row_warp * 2 * kTokenTiles * 4 * 32 +
-         threadIdx.x % 32;
+  return partials + slot * kSlotFloats<kTokenTiles> +
+         (row_warp * 2 + k_warp) * kTokenTiles * 4 * 32 + threadIdx.x % 32;
 }
+
+// Sums of one tile, in the warps that JoinHalves left them in.
+template <int kTokenTiles>
+using TileSums = float[kTokenTiles][4];
 
 // Leaves this block's sums and says whether all others have left theirs. Whole block.
 template <int kTokenTiles>
-__device__ bool LeavePartial(const Accumulators<kTokenTiles>& acc, float* slot, int k_warp,
-                             unsigned* arrived, unsigned contributors, unsigned* shared_ticket) {
-  if (k_warp == 0) {
+__device__ bool LeavePartial(const TileSums<kTokenTiles>& sums, float* slot, unsigned* arrived,
+                             unsigned contributors, unsigned* shared_ticket) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+  for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) slot[((i * kTokenTiles + n) * 4 + j) * 32] = acc[i][n][j];
-      }
-    }
-    __threadfence();
+    for (int j = 0; j < 4; ++j) slot[(n * 4 + j) * 32] = sums[n][j];
   }
+  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     *shared_ticket = atomicAdd(arrived, 1u);
@@ -225,32 +225,37 @@ __device__ bool LeavePartial(const Accumulators<kTokenTiles>& acc, float* slot, 
   return true;
 }
 
-// The epilogue of a block of rows whose sums are in the warps of the first half. Through shared
+// The epilogue of a block of rows whose sums are where JoinHalves left them. Through shared
 // memory, so that one small loop of all threads does it. Whole block.
 template <typename T, int kTokenTiles>
 __device__ void Store(const MatMulParams& p, int row_block, int row_warp, int k_warp,
-                      float* exchange, const Accumulators<kTokenTiles>& acc) {
+                      float* exchange, const TileSums<kTokenTiles>& sums) {
   constexpr int kWarpFloats = kTokenTiles * 4 * 32;
   float* mine = exchange + row_warp * kWarpFloats + threadIdx.x % 32;
+  Epilogue<T> epilogue(p.out, p.w.order);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     __syncthreads();
-    if (k_warp == 0) {
+    if (k_warp == i) {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) mine[(n * 4 + j) * 32] = acc[i][n][j];
+        for (int j = 0; j < 4; ++j) mine[(n * 4 + j) * 32] = sums[n][j];
       }
     }
     __syncthreads();
+    const int g = threadIdx.x % 8, warp = threadIdx.x / 8 % kRowWarps;
+    const int tile = row_block * kTiles + 2 * warp + i;
+    if (tile >= p.w.tiles) continue;
+    epilogue.SetRows(p.w.order.LowRow(tile, g));
 #pragma unroll 1
-    for (int at = threadIdx.x; at < kRowWarps * 8 * p.in.rows; at += kThreads) {
-      const int g = at % 8, warp = at / 8 % kRowWarps, token = at / (8 * kRowWarps);
-      const int tile = row_block * kTiles + 2 * warp + i;
-      if (tile >= p.w.tiles) continue;
+    for (int token = threadIdx.x / (8 * kRowWarps); token < p.in.rows;
+         token += kThreads / (8 * kRowWarps)) {
       const float* low =
           exchange + warp * kWarpFloats + (token / 8 * 4 + token % 2) * 32 + g * 4 + token % 8 / 2;
-      Finish<T>(p.out, p.w.order, token, p.w.order.LowRow(tile, g), low[0], low[2 * 32]);
+      epilogue.SetToken(token);
+      epilogue.Prefetch();
+      epilogue.Store(low[0], low[2 * 32]);
     }
   }
 }
@@ -264,31 +269,31 @@ __device__ void EndStretch(const MatMulParams& p, const Division& division, int 
   const int row_warp = threadIdx.x / 32 % kRowWarps, k_warp = threadIdx.x / 32 / kRowWarps;
   const int64_t first_unit = int64_t{row_block} * p.w.records;
   const int64_t last_unit = first_unit + p.w.records - 1;
+  TileSums<kTokenTiles>& sums = acc[0];
   if (begin != first_unit || end != last_unit + 1) {
     const int first = division.BlockOf(first_unit), last = division.BlockOf(last_unit);
-    const bool is_first = begin == division.Begin(static_cast<int>(blockIdx.x));
-    float* slot = SlotOf<kTokenTiles>(partials, static_cast<int>(blockIdx.x), is_first, row_warp);
-    if (!LeavePartial<kTokenTiles>(acc, slot, k_warp, arrived + row_block,
+    const int block = static_cast<int>(blockIdx.x);
+    float* slot =
+        SlotOf<kTokenTiles>(partials, block, begin == division.Begin(block), row_warp, k_warp);
+    if (!LeavePartial<kTokenTiles>(sums, slot, arrived + row_block,
                                    static_cast<unsigned>(last - first + 1), shared_ticket)) {
       return;
     }
-    for (int block = first; block <= last && k_warp == 0; ++block) {
-      const bool block_is_first = block > first || division.Begin(block) >= first_unit;
-      const float* other = SlotOf<kTokenTiles>(partials, block, block_is_first, row_warp);
+#pragma unroll 1
+    for (int other = first; other <= last; ++other) {
+      const bool is_first = other > first || division.Begin(other) >= first_unit;
+      const float* from = SlotOf<kTokenTiles>(partials, other, is_first, row_warp, k_warp);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float sum = __ldcg(other + ((i * kTokenTiles + n) * 4 + j) * 32);
-            acc[i][n][j] = block == first ? sum : acc[i][n][j] + sum;
-          }
+        for (int j = 0; j < 4; ++j) {
+          const float sum = __ldcg(from + (n * 4 + j) * 32);
+          sums[n][j] = other == first ? sum : sums[n][j] + sum;
         }
       }
     }
   }
-  Store<T, kTokenTiles>(p, row_block, row_warp, k_warp, exchange, acc);
+  Store<T, kTokenTiles>(p, row_block, row_warp, k_warp, exchange, sums);
 }
 
 template <typename T, QuantFormat kFormat, int kTokenTiles>
@@ -376,7 +381,10 @@ void LaunchBatched(const LaunchContext& context, const MatMulParams& params, voi
   SLUICE_CHECK(row_blocks <= kMaxRowBlocks) << row_blocks;
   Division division;
   division.units = int64_t{row_blocks} * params.w.records;
-  division.blocks = static_cast<int>(std::min<int64_t>(division.units, context.num_sms * per_sm));
+  // Few units a block would mean many sums to add up at the end of each block of rows.
+  const int64_t blocks = std::min<int64_t>(
+      context.num_sms * per_sm, std::max<int64_t>(row_blocks, division.units / kMinUnits));
+  division.blocks = static_cast<int>(std::min(division.units, blocks));
   auto* arrived = static_cast<unsigned*>(scratch);
   auto* partials = reinterpret_cast<float*>(arrived + kMaxRowBlocks);
   Launch(context, kernel, dim3(division.blocks), dim3(kThreads), exchange + stages * layout.bytes,

@@ -14,22 +14,7 @@ enum class EpilogueKind : uint8_t {
   kStore,     // y[m][row] = act(v)
   kResidual,  // y[m][row] += v
   kGateUp,    // y[m][row] = act(v of row) * (v of row + pair_distance); rows of the first half
-  kQkv,       // rotary embedding; q to y, k and v to the KV cache
   kLogits,    // y[m][row] = v, float32
-};
-
-// Where kQkv writes. Rows of W: num_heads of q, num_kv_heads of k, num_kv_heads of v, each
-// head_dim.
-struct QkvTarget {
-  void* k = nullptr;  // [num_blocks, num_kv_heads, block_size, head_dim]
-  void* v = nullptr;
-  const int32_t* positions = nullptr;     // DeviceStep
-  const int32_t* sequences = nullptr;     // DeviceStep
-  const int32_t* block_tables = nullptr;  // DeviceStep
-  int64_t block_table_stride = 0;
-  const float* cos = nullptr;  // Null: no rotary embedding
-  const float* sin = nullptr;
-  int32_t num_heads = 0, num_kv_heads = 0, head_dim = 0, block_size = 0;
 };
 
 struct EpilogueParams {
@@ -39,7 +24,6 @@ struct EpilogueParams {
   float scale = 1.0f;           // Of the accumulator, before the bias: a power of two
   void* y = nullptr;
   int64_t y_stride = 0;
-  QkvTarget qkv;
 };
 
 // Rows of x as the kernel takes them.

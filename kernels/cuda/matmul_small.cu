@@ -9,26 +9,40 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kDepth = 6;  // Records of a warp under way
-constexpr int kBlocksPerSm = 2;
-constexpr int kReduceFloats = kWarps * kTileRows * kSmallRows;
+constexpr int kDepth = 4;  // Records of a warp under way
+constexpr int kBlocksPerSm = 3;
+// Sums of a tile: [warp][token][row], strides such that neither writing nor adding up meets a bank
+// twice.
+constexpr int kTokenFloats = 20;
+constexpr int kPlaneFloats = 8 * kTokenFloats + 4;
+constexpr int kReduceFloats = kWarps * kPlaneFloats;
 
 // Bytes of a row of x in shared memory: a warp reads 64 bytes of each of 8 rows at once, which
 // meets all banks when rows are 64 bytes off a multiple of 128.
 __host__ __device__ constexpr int XRowBytes(int k) { return (k + 127) / 128 * 256 + 64; }
 
 struct SharedLayout {
-  int ring, reduce, table, norm, x, total;
+  int ring, reduce, table, norm, sums, x, total;
 };
-__host__ __device__ SharedLayout LayoutOf(int record_bytes, int k, int rows, NormKind norm) {
+// granules: of a row of W when sums of x over each are wanted, else 0.
+__host__ __device__ SharedLayout LayoutOf(int record_bytes, int k, int rows, NormKind norm,
+                                          int granules) {
   SharedLayout layout{};
   layout.reduce = kWarps * kDepth * record_bytes;
   layout.table = layout.reduce + 2 * kReduceFloats * 4;
   layout.norm = layout.table + 1024;  // Weight, then bias
   const int norm_vectors = norm == NormKind::kNone ? 0 : norm == NormKind::kRms ? 1 : 2;
-  layout.x = layout.norm + norm_vectors * ((k + 3) / 4 * 16);
+  layout.sums = layout.norm + norm_vectors * ((k + 3) / 4 * 16);
+  layout.x = layout.sums + granules * kSmallRows * 4;
   layout.total = layout.x + rows * XRowBytes(k);
   return layout;
+}
+
+// int4_zero takes codes as they come and puts them right by the sum of x (RawOffset).
+template <QuantFormat kFormat>
+__host__ __device__ int SumGranules(const WeightParams& w) {
+  if (kFormat != QuantFormat::kInt4Zero) return 0;
+  return w.records * (RecordColumns(kFormat) / 16 / w.steps_per_granule);
 }
 
 // The records that one warp copies, in order: records warp, warp + kWarps, ... of the block's tiles.
@@ -218,12 +232,62 @@ __device__ void NormX(const InputParams& in, int k, const float* weight, const f
   }
 }
 
-// acc += record * x of its columns. `x` points to the row of x of this lane's column of the B
-// operand, at the lane's first column.
+// sums[granule][row of x]: the sum of x over the columns of a granule. Eight lanes a sum.
+template <typename T>
+__device__ void SumX(const InputParams& in, int granules, int columns, const uint8_t* x, int k,
+                     float* sums) {
+  const int lane = threadIdx.x % 8, sums_at_once = kThreads / 8;
+  for (int first = 0; first < granules * in.rows; first += sums_at_once) {  // All lanes of a warp
+    const int at = first + static_cast<int>(threadIdx.x) / 8;
+    const int granule = at / in.rows, m = at - granule * in.rows;
+    const uint8_t* row = x + m * XRowBytes(k) + granule * columns * 2;
+    float sum = 0.0f;
+    for (int i = lane * 4; i < columns && granule < granules; i += 32) {
+      const uint2 four = *reinterpret_cast<const uint2*>(row + i * 2);
+      const float2 first_two = Numeric<T>::ToFloat2(four.x), others = Numeric<T>::ToFloat2(four.y);
+      sum += (first_two.x + first_two.y) + (others.x + others.y);
+    }
+#pragma unroll
+    for (int offset = 4; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    }
+    if (lane == 0 && granule < granules) sums[granule * kSmallRows + m] = sum;
+  }
+}
+
+// acc += scale * part, part being the sums of a granule; sums of x of the same.
 template <typename T, QuantFormat kFormat>
+__device__ __forceinline__ void EndGranule(const GranuleState& state, float2 x_sums,
+                                           float (&parts)[2][4], float (&acc)[4]) {
+  float low = Numeric<T>::ToFloat2(state.scale_low).x;
+  float high = Numeric<T>::ToFloat2(state.scale_high).x;
+  float back_low = 0.0f, back_high = 0.0f;
+  if constexpr (kFormat == QuantFormat::kInt4Zero) {
+    const RawOffset raw_low = RawOffsetOf<T>(false), raw_high = RawOffsetOf<T>(true);
+    back_low = -(raw_low.offset + raw_low.factor * static_cast<float>(state.second_low));
+    back_high = -(raw_high.offset + raw_high.factor * static_cast<float>(state.second_high));
+    low *= raw_low.inverse_factor;
+    high *= raw_high.inverse_factor;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float part = parts[0][i] + parts[1][i];
+    if constexpr (kFormat == QuantFormat::kInt4Zero) {
+      part += (i % 2 == 0 ? x_sums.x : x_sums.y) * (i < 2 ? back_low : back_high);
+    }
+    acc[i] += part * (i < 2 ? low : high);
+    parts[0][i] = parts[1][i] = 0.0f;
+  }
+}
+
+// acc += record * x of its columns. `x` points to the row of x of this lane's column of the B
+// operand, at the lane's first column; x_sums to the sums of this lane's rows of x over the record's
+// granules. kSteps: of a granule when it is known, else 0.
+template <typename T, QuantFormat kFormat, int kSteps>
 __device__ __forceinline__ void MultiplyRecord(const WeightParams& w, const uint8_t* record,
-                                               const uint8_t* x, const uint32_t* pair_table,
-                                               int lane, float (&acc)[4]) {
+                                               const uint8_t* x, const float* x_sums,
+                                               const uint32_t* pair_table, int lane,
+                                               float (&acc)[4]) {
   constexpr bool kScaled = kFormat == QuantFormat::kInt4Offset;
   constexpr bool kGranules = kFormat != QuantFormat::kPlain;
   using Codes = Fragment<T, kFormat, kScaled>;
@@ -231,12 +295,18 @@ __device__ __forceinline__ void MultiplyRecord(const WeightParams& w, const uint
   codes.Load(record, lane);
   GranuleState state{};
   const uint8_t* granule = record + kRecordCodeBytes;
+  const int mask = (kSteps > 0 ? kSteps : w.steps_per_granule) - 1;
+  float2 sums{};
   float parts[2][4] = {};  // Sums of a granule, or of all; two chains
 #pragma unroll
   for (int block = 0; block < Codes::kSteps / 2; ++block) {
-    if (kGranules && (2 * block & (w.steps_per_granule - 1)) == 0) {
-      state = LoadGranule<T, kFormat>(granule, lane / 4);
+    if (kGranules && (2 * block & mask) == 0) {
+      state = LoadGranule<T, kFormat, kScaled>(granule, lane / 4);
       granule += GranuleBytes(kFormat);
+      if constexpr (kFormat == QuantFormat::kInt4Zero) {
+        sums = *reinterpret_cast<const float2*>(x_sums);
+        x_sums += kSmallRows;
+      }
     }
     const uint4 b = *reinterpret_cast<const uint4*>(x + block * 64);
     uint32_t a[4];
@@ -244,14 +314,8 @@ __device__ __forceinline__ void MultiplyRecord(const WeightParams& w, const uint
     Mma<T>(parts[0], a, b.x, b.y);
     codes.Step(2 * block + 1, state, pair_table, a);
     Mma<T>(parts[1], a, b.z, b.w);
-    if (kGranules && !kScaled && (2 * block + 2 & (w.steps_per_granule - 1)) == 0) {
-      const float low = Numeric<T>::ToFloat2(state.scale_low).x;
-      const float high = Numeric<T>::ToFloat2(state.scale_high).x;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        acc[i] += (parts[0][i] + parts[1][i]) * (i < 2 ? low : high);
-        parts[0][i] = parts[1][i] = 0.0f;
-      }
+    if (kGranules && !kScaled && (2 * block + 2 & mask) == 0) {
+      EndGranule<T, kFormat>(state, sums, parts, acc);
     }
   }
   if constexpr (!kGranules || kScaled) {
@@ -260,12 +324,13 @@ __device__ __forceinline__ void MultiplyRecord(const WeightParams& w, const uint
   }
 }
 
-template <typename T, QuantFormat kFormat>
+template <typename T, QuantFormat kFormat, int kSteps>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     SmallKernel(const __grid_constant__ MatMulParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int slot_bytes = kFormat == QuantFormat::kPlain ? kRecordCodeBytes : p.w.record_bytes;
-  const SharedLayout layout = LayoutOf(slot_bytes, p.w.k, p.in.rows, p.in.norm);
+  const SharedLayout layout =
+      LayoutOf(slot_bytes, p.w.k, p.in.rows, p.in.norm, SumGranules<kFormat>(p.w));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint8_t* ring = shared + warp * kDepth * slot_bytes;
   auto* reduce = reinterpret_cast<float*>(shared + layout.reduce);
@@ -289,61 +354,89 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     NormX<T>(p.in, p.w.k, weight, weight + (p.w.k + 3) / 4 * 4, shared + layout.x, reduce);
   }
   __syncthreads();
+  auto* x_sums = reinterpret_cast<float*>(shared + layout.sums);
+  const int record_granules =
+      kFormat == QuantFormat::kPlain ? 0 : RecordColumns(kFormat) / 16 / p.w.steps_per_granule;
+  if constexpr (kFormat == QuantFormat::kInt4Zero) {
+    SumX<T>(p.in, SumGranules<kFormat>(p.w), 16 * p.w.steps_per_granule, shared + layout.x, p.w.k,
+            x_sums);
+    __syncthreads();
+  }
+  x_sums += lane % 4 * 2;
+
+  // Warp i ends the work on token i: four lanes a pair of rows, each adds up two planes.
+  Epilogue<T> epilogue(p.out, p.w.order);
+  const bool ends = warp < p.in.rows;
+  if (ends) epilogue.SetToken(warp);
 
   const int x_row = min(lane / 4, p.in.rows - 1);  // Columns beyond the rows of x are not stored
   const uint8_t* x = shared + layout.x + x_row * XRowBytes(p.w.k) + lane % 4 * 16;
   int slot = 0, buffer = 0;
   for (int tile = static_cast<int>(blockIdx.x); tile < p.w.tiles;
        tile += static_cast<int>(gridDim.x)) {
+    if (ends) {
+      epilogue.SetRows(p.w.order.LowRow(tile, lane / 4));
+      epilogue.Prefetch();
+    }
     float acc[4] = {};
     for (int record = warp; record < p.w.records; record += kWarps) {
       WaitForCopies<kDepth - 1>();
       __syncwarp();
-      MultiplyRecord<T, kFormat>(p.w, ring + slot * slot_bytes,
-                                 x + record * RecordColumns(kFormat) * 2, pair_table, lane, acc);
+      MultiplyRecord<T, kFormat, kSteps>(
+          p.w, ring + slot * slot_bytes, x + record * RecordColumns(kFormat) * 2,
+          x_sums + record * record_granules * kSmallRows, pair_table, lane, acc);
       __syncwarp();
       StartRecord<T, kFormat>(p.w, ahead, lane, ring + slot * slot_bytes);
       NextRecord<kFormat>(p.w, warp, ahead);
       slot = slot + 1 == kDepth ? 0 : slot + 1;
     }
-    // [row][column of the B operand], one plane a warp. Two buffers: the one of this tile is
-    // written again only after the barrier of the next.
-    float* plane = reduce + buffer * kReduceFloats + warp * kTileRows * kSmallRows;
-    auto* low = reinterpret_cast<float2*>(plane + lane / 4 * kSmallRows + lane % 4 * 2);
-    low[0] = make_float2(acc[0], acc[1]);
-    low[8 * kSmallRows / 2] = make_float2(acc[2], acc[3]);
+    // Two buffers: the one of this tile is written again only after the barrier of the next.
+    float* sums = reduce + buffer * kReduceFloats;
+    float* mine = sums + warp * kPlaneFloats + lane % 4 * 2 * kTokenFloats + lane / 4;
+    mine[0] = acc[0], mine[kTokenFloats] = acc[1];
+    mine[8] = acc[2], mine[kTokenFloats + 8] = acc[3];
     __syncthreads();
-    if (threadIdx.x < 64) {
-      const int token = threadIdx.x / 8, g = threadIdx.x % 8;
-      if (token < p.in.rows) {
-        const float* sums = reduce + buffer * kReduceFloats + g * kSmallRows + token;
-        float low_sum = 0.0f, high_sum = 0.0f;
+    if (ends) {
+      const float* two = sums + lane % 4 * 2 * kPlaneFloats + warp * kTokenFloats + lane / 4;
+      float low = two[0] + two[kPlaneFloats], high = two[8] + two[kPlaneFloats + 8];
 #pragma unroll
-        for (int i = 0; i < kWarps; ++i) {
-          low_sum += sums[i * kTileRows * kSmallRows];
-          high_sum += sums[i * kTileRows * kSmallRows + 8 * kSmallRows];
-        }
-        Finish<T>(p.out, p.w.order, token, p.w.order.LowRow(tile, g), low_sum, high_sum);
+      for (int offset = 1; offset < 4; offset *= 2) {
+        low += __shfl_xor_sync(0xffffffffu, low, offset);
+        high += __shfl_xor_sync(0xffffffffu, high, offset);
       }
+      if (lane % 4 == 0) epilogue.Store(low, high);
     }
     buffer ^= 1;
   }
   WaitForCopies<0>();
 }
 
-template <typename T, QuantFormat kFormat>
-void LaunchSmall(const LaunchContext& context, const MatMulParams& params) {
+template <typename T, QuantFormat kFormat, int kSteps>
+void LaunchSteps(const LaunchContext& context, const MatMulParams& params) {
   const int64_t shared = SmallMatMulShared(kFormat, params.w, params.in.rows, params.in.norm);
-  const auto kernel = SmallKernel<T, kFormat>;
+  const auto kernel = SmallKernel<T, kFormat, kSteps>;
   static const bool allowed = [&] {
     SLUICE_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            context.max_shared_bytes));
     return true;
   }();
   SLUICE_CHECK(allowed && shared <= context.max_shared_bytes) << shared;
-  const int per_sm = 2 * (shared + 1024) <= context.max_shared_bytes + 1024 ? kBlocksPerSm : 1;
+  const auto fitting = static_cast<int>((context.max_shared_bytes + 1024) / (shared + 1024));
+  const int per_sm = std::clamp(fitting, 1, kBlocksPerSm);
   const int blocks = std::min(params.w.tiles, context.num_sms * per_sm);
   Launch(context, kernel, dim3(blocks), dim3(kThreads), shared, params);
+}
+
+// One granule a record (groups of 128 columns and more) has a kernel of its own.
+template <typename T, QuantFormat kFormat>
+void LaunchSmall(const LaunchContext& context, const MatMulParams& params) {
+  constexpr int kRecordSteps = RecordColumns(kFormat) / 16;
+  constexpr bool kCommon = kFormat == QuantFormat::kInt4Zero || kFormat == QuantFormat::kInt8;
+  if (kCommon && params.w.steps_per_granule == kRecordSteps) {
+    LaunchSteps<T, kFormat, kCommon ? kRecordSteps : 0>(context, params);
+  } else {
+    LaunchSteps<T, kFormat, 0>(context, params);
+  }
 }
 
 template <typename T>
@@ -366,7 +459,9 @@ void DispatchSmall(const LaunchContext& context, QuantFormat format, const MatMu
 
 int64_t SmallMatMulShared(QuantFormat format, const WeightParams& w, int rows, NormKind norm) {
   const int slot = format == QuantFormat::kPlain ? kRecordCodeBytes : w.record_bytes;
-  return LayoutOf(slot, w.k, rows, norm).total;
+  const int granules =
+      format == QuantFormat::kInt4Zero ? SumGranules<QuantFormat::kInt4Zero>(w) : 0;
+  return LayoutOf(slot, w.k, rows, norm, granules).total;
 }
 
 void SmallMatMul(const LaunchContext& context, DType dtype, QuantFormat format,

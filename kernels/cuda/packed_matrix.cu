@@ -167,8 +167,8 @@ __global__ void UnpackKernel(WeightParams w, float scale, int tile_begin, int ti
   for (int block = 0; block < codes.kSteps / 2; ++block) {
     if ((2 * block & (w.steps_per_granule - 1)) == 0) {
       const int granule = 2 * block / w.steps_per_granule;
-      state = LoadGranule<T, kFormat>(record + kRecordCodeBytes + granule * GranuleBytes(kFormat),
-                                      lane / 4);
+      state = LoadGranule<T, kFormat, /*kScaled=*/true>(
+          record + kRecordCodeBytes + granule * GranuleBytes(kFormat), lane / 4);
     }
     uint32_t a[2][4];
     codes.Step(2 * block, state, pair_table, a[0]);
@@ -209,7 +209,7 @@ __global__ void EmbedKernel(WeightParams w, float scale, const uint32_t* ids, bo
     codes.Load(record, lane);
 #pragma unroll
     for (int step = 0; step < codes.kSteps; ++step) {
-      const GranuleState state = LoadGranule<T, kFormat>(
+      const GranuleState state = LoadGranule<T, kFormat, /*kScaled=*/true>(
           record + kRecordCodeBytes + step / w.steps_per_granule * GranuleBytes(kFormat), lane / 4);
       uint32_t a[4];
       codes.Step(step, state, pair_table, a);

@@ -1,8 +1,8 @@
-// One thread an item: kVec elements of a head's first half and their partners of the second, or kVec
-// elements that are only copied.
+// One thread an item: kVec elements of a head's first half and their partners of the second, or
+// kVec elements that are only copied.
 #include "kernels/cuda/rope_kv.h"
 
-#include "kernels/cuda/attention_device.h"
+#include "kernels/cuda/attention_device.cuh"
 
 namespace sluice {
 namespace {
@@ -33,9 +33,10 @@ __device__ __forceinline__ void TurnPair(T* a, const float* cos, const float* si
   Vector second = *reinterpret_cast<const Vector*>(a + half_dim);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    const float2 turned = Turn(ToFloat(first.values[i]), ToFloat(second.values[i]), cos[i], sin[i]);
-    first.values[i] = FromFloat<T>(turned.x);
-    second.values[i] = FromFloat<T>(turned.y);
+    const float2 turned = Turn(Numeric<T>::ToFloat(first.values[i]),
+                               Numeric<T>::ToFloat(second.values[i]), cos[i], sin[i]);
+    first.values[i] = Numeric<T>::FromFloat(turned.x);
+    second.values[i] = Numeric<T>::FromFloat(turned.y);
   }
   *reinterpret_cast<Vector*>(a) = first;
   *reinterpret_cast<Vector*>(a + half_dim) = second;

@@ -11,18 +11,12 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/core/fault_point.h"
 #include "services/rpc/log.h"
+#include "services/rpc/process.h"
 
 namespace sluice::controller {
 namespace {
 
 constexpr int kLastWritesMs = 2000;
-
-std::string BootId() {
-  std::ifstream file("/proc/sys/kernel/random/boot_id");
-  std::string id;
-  std::getline(file, id);
-  return id;
-}
 
 std::string HostName() {
   char name[256] = {};
@@ -62,7 +56,7 @@ absl::StatusOr<std::unique_ptr<rpc::ServerRunner>> Listen(
 absl::StatusOr<std::unique_ptr<ControllerServer>> ControllerServer::Start(
     ControllerOptions options) {
   auto server = std::unique_ptr<ControllerServer>(new ControllerServer());
-  options.loop.coordinator.host_id = BootId();
+  options.loop.coordinator.host_id = rpc::HostId();
   ControllerServer* self = server.get();
   server->loop_ = std::make_unique<ControllerLoop>(options.loop, &server->pipeline_,
                                                    [self](bool ready) { self->SetReady(ready); });

@@ -31,7 +31,7 @@ struct CoordinatorOptions {
   plan::PlanOptions plan;         // kv_element_bytes is chosen by the kind of the devices
   std::string loader_address;
   std::string controller_address;  // Of the internal listener, as workers reach it
-  std::string host_id;             // Boot id of this host
+  std::string host_id;             // rpc::HostId() of this process
 };
 
 class Coordinator {

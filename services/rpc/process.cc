@@ -7,7 +7,9 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
+#include <climits>
 #include <cstdint>
+#include <fstream>
 #include <utility>
 
 namespace sluice::rpc {
@@ -56,6 +58,19 @@ absl::Status DieWithParent(int parent_pid) {
     return absl::FailedPreconditionError("the process that started this one has ended");
   }
   return absl::OkStatus();
+}
+
+std::string HostId() {
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string id;
+  if (!(file >> id)) {
+    char name[HOST_NAME_MAX + 1] = {};
+    gethostname(name, sizeof(name) - 1);
+    id = name;
+  }
+  char mounts[64] = {};  // "mnt:[4026531841]"
+  const ssize_t size = readlink("/proc/self/ns/mnt", mounts, sizeof(mounts) - 1);
+  return size > 0 ? id + "/" + mounts : id;
 }
 
 }  // namespace sluice::rpc

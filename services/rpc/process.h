@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <string>
 #include <thread>
 
 #include "absl/status/status.h"
@@ -34,5 +35,10 @@ class SignalWatcher {
 // parent as the program saw it first (getppid() at the start of main, or a number the parent gave).
 // FAILED_PRECONDITION when the parent has gone already: exit then.
 absl::Status DieWithParent(int parent_pid);
+
+// Equal for processes that see the same files, so that a Unix socket of one is there for the other:
+// the boot id of the host (its name where there is none) and the mount namespace, which differs
+// between the pods of one node.
+std::string HostId();
 
 }  // namespace sluice::rpc

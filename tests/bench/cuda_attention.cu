@@ -1,7 +1,7 @@
-// Times the CUDA attention kernels alone: decode for batches of sequences, prefill of a prompt. Each
-// figure is the median over replays of a graph that goes through the KV caches of many layers, so
-// that nothing comes out of L2 by repetition (decode turns and writes the new keys); beside it the bandwidth of a plain read in the same
-// run. Prints one JSON object a line.
+// Times the CUDA attention kernels alone: decode for batches of sequences, prefill of a prompt.
+// Each figure is the median over replays of a graph that goes through the KV caches of many layers,
+// so that nothing comes out of L2 by repetition (decode turns and writes the new keys); beside it
+// the bandwidth of a plain read in the same run. Prints one JSON object a line.
 #include <cuda_fp16.h>
 
 #include <algorithm>

@@ -97,7 +97,7 @@ self_test() {
   must_fail $overlays/two-gpu-pipeline/kustomization.yaml 's/SLUICE_WORKERS=2/SLUICE_WORKERS=3/' 'SLUICE_WORKERS=3, but there are 1 pods of 2'
   must_fail $overlays/dev-cpu/kustomization.yaml 's/SLUICE_MEMORY=1GiB/SLUICE_MEMORY=1.4GiB/' 'leaves less than a fifth'
   must_fail $base/worker.yaml 's/^spec:/spec: {*anchor}\n&\nplain text/' 'not in the plain form'
-  must_fail k8s/loadtest/kustomization.yaml 's/RECIPE=stream/RECIPE=streams/' 'no recipe streams'
+  must_fail k8s/loadtest/kustomization.yaml 's/RECIPE=unary/RECIPE=unaries/' 'no recipe unaries'
   must_fail k8s/loadtest/kustomization.yaml 's/ADDRESS=sluice:50051/ADDRESS=sluice-controller:7501/' 'is not the port of SLUICE_LISTEN'
   must_fail services/rpc/server_runner.cc 's/"live"/"alive"/' 'health service "live"'
   [ $failures -eq 0 ] || { echo "$failures rules cannot fail"; exit 1; }

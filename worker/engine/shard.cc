@@ -99,8 +99,7 @@ void ShardBuilder::ExpectLlamaLayer(int number, LayerWeights* layer) {
 
   ExpectNorm(prefix + "input_layernorm", NormKind::kRms, &layer->attention_norm);
   ExpectLinear({{attention + "q_proj", q}, {attention + "k_proj", kv}, {attention + "v_proj", kv}},
-               hidden, config.attention_bias(), &layer->qkv,
-               /*pair_distance=*/config.head_dim() / 2);
+               hidden, config.attention_bias(), &layer->qkv);
   ExpectLinear({{attention + "o_proj", hidden}}, q, config.attention_bias(), &layer->attention_out);
   ExpectNorm(prefix + "post_attention_layernorm", NormKind::kRms, &layer->mlp_norm);
   ExpectLinear({{mlp + "gate_proj", inner}, {mlp + "up_proj", inner}}, hidden, config.mlp_bias(),

@@ -290,18 +290,17 @@ void CheckRope(const Step& step, const DeviceRun& run) {
   EXPECT_TRUE(run.V() == v);
 }
 
+// What was on the device after a run.
+struct Results {
+  Results(const DeviceRun& run, std::vector<uint16_t> attended)
+      : qkv(run.Qkv()), k(run.K()), v(run.V()), out(std::move(attended)) {}
+  std::vector<uint16_t> qkv, k, v, out;
+};
+
 // One row and head in double. Weights are rounded to the dtype on the device (relative to the
 // largest of some keys, so that each may lose 2^-25 of it in float16), scores and sums to float.
-void CheckHead(const Step& step, const DeviceRun& run, int row, int head,
-               const std::vector<uint16_t>& out) {
-  static thread_local std::vector<uint16_t> qkv, k, v;
-  static thread_local const DeviceRun* loaded = nullptr;
-  if (loaded != &run || (row == 0 && head == 0)) {
-    qkv = run.Qkv();
-    k = run.K();
-    v = run.V();
-    loaded = &run;
-  }
+void CheckHead(const Step& step, const Results& results, int row, int head) {
+  const auto& [qkv, k, v, out] = results;
   const AttentionShape& shape = step.shape;
   const int dim = shape.head_dim;
   const int kv_head = head / (shape.num_heads / shape.num_kv_heads);
@@ -346,10 +345,10 @@ void CheckHead(const Step& step, const DeviceRun& run, int row, int head,
   }
 }
 
-void CheckAttention(const Step& step, const DeviceRun& run, const std::vector<uint16_t>& out) {
+void CheckAttention(const Step& step, const Results& results) {
   for (int row = 0; row < step.rows(); ++row) {
     for (int head = 0; head < step.shape.num_heads; ++head) {
-      CheckHead(step, run, row, head, out);
+      CheckHead(step, results, row, head);
       if (testing::Test::HasFatalFailure()) return;
     }
   }
@@ -386,7 +385,7 @@ TEST_P(CudaAttentionShapes, AgreesWithDoublePrecision) {
   DeviceRun run(step);
   run.Rope();
   CheckRope(step, run);
-  CheckAttention(step, run, run.Attend());
+  CheckAttention(step, Results(run, run.Attend()));
 }
 
 std::string NameOfCase(const testing::TestParamInfo<Case>& info) {
@@ -397,7 +396,7 @@ std::string NameOfCase(const testing::TestParamInfo<Case>& info) {
 
 INSTANTIATE_TEST_SUITE_P(All, CudaAttentionShapes,
                          testing::Combine(testing::Values(32, 64, 80, 96, 128, 256),
-                                          testing::Values(Heads{3, 3}, Heads{8, 2}, Heads{8, 1},
+                                          testing::Values(Heads{8, 8}, Heads{8, 2}, Heads{8, 1},
                                                           Heads{6, 2}, Heads{12, 1}),
                                           testing::Values(DType::kF16, DType::kBF16)),
                          NameOfCase);
@@ -410,7 +409,7 @@ TEST_F(CudaAttention, AnyBlockSize) {
     DeviceRun run(step);
     run.Rope();
     CheckRope(step, run);
-    CheckAttention(step, run, run.Attend());
+    CheckAttention(step, Results(run, run.Attend()));
   }
 }
 
@@ -425,17 +424,18 @@ TEST_F(CudaAttention, TurnsPartOfAHeadOrNothing) {
   }
 }
 
-// From one row, whose keys are cut into as many parts as there may be, to more rows than parts.
+// From one row, whose keys are cut into as many parts as there may be, to more rows than blocks.
 TEST_F(CudaAttention, AnyNumberOfRows) {
-  for (const int rows : {1, 2, 7, 40, 150}) {
+  for (const int rows : {1, 2, 7, 10, 20, 33, 40, 150, 900}) {
     SCOPED_TRACE(rows);
     const AttentionShape shape = {8, 4, 64, 16, 0.125f, DType::kF16};
     std::vector<Rows> sequences;
-    for (int i = 0; i < rows; ++i) sequences.push_back({(i * 37 + 3000 / rows) % 3001, 1});
+    for (int i = 0; i < rows; ++i)
+      sequences.push_back({(i * 37 + 3000 / rows) % (rows < 200 ? 3001 : 101), 1});
     const Step step = MakeStep(shape, sequences, 0, rows);
     DeviceRun run(step);
     run.Rope();
-    CheckAttention(step, run, run.Attend());
+    CheckAttention(step, Results(run, run.Attend()));
   }
 }
 
@@ -446,22 +446,29 @@ TEST_F(CudaAttention, FitsInto99KiB) {
     const Step step = MakeStep(shape, kMixed, 0, head_dim);
     DeviceRun run(step, 99 << 10);
     run.Rope();
-    CheckAttention(step, run, run.Attend());
+    CheckAttention(step, Results(run, run.Attend()));
   }
 }
 
-// A pair of heads of a block has the bits of one head of a block.
-TEST_F(CudaAttention, HeadsOfABlockChangeNothing) {
+// Many tiles: blocks of two heads. Where the kernel is the same, they have the bits of blocks of
+// one head; how much shared memory there is decides on kernel and block.
+TEST_F(CudaAttention, ManyPrefillTiles) {
   for (const int head_dim : {32, 64, 80, 96, 128}) {
     for (const DType dtype : {DType::kF16, DType::kBF16}) {
       SCOPED_TRACE(head_dim);
       const AttentionShape shape = {16, 8, head_dim, 16, 0.09f, dtype};
       const Step step = MakeStep(shape, std::vector<Rows>(34, {100, 64}), 0, 3);
-      DeviceRun pairs(step);
-      pairs.Rope();
-      DeviceRun single(step, 16 << 10);
-      single.Rope();
-      EXPECT_TRUE(pairs.Attend() == single.Attend());
+      std::vector<std::vector<uint16_t>> outs;
+      for (const int shared : {16 << 10, 160 << 10, 0}) {
+        DeviceRun run(step, shared);
+        run.Rope();
+        const Results results(run, run.Attend());
+        for (const int row : {0, 70, step.rows() - 1}) {
+          for (const int head : {0, 15}) CheckHead(step, results, row, head);
+        }
+        outs.push_back(results.out);
+      }
+      EXPECT_TRUE(outs[0] == outs[1]);
     }
   }
 }
@@ -497,7 +504,7 @@ TEST_F(CudaAttention, LargeScores) {
 }
 
 TEST_F(CudaAttention, EqualRunsGiveEqualBits) {
-  for (const Heads heads : {Heads{4, 4}, Heads{8, 2}}) {
+  for (const Heads heads : {Heads{4, 4}, Heads{8, 8}, Heads{8, 2}}) {
     const AttentionShape shape = {heads.heads, heads.kv_heads, 128, 16, 0.09f, DType::kF16};
     const Step step = MakeStep(shape, kMixed, 64, 7);
     DeviceRun run(step);

@@ -5,6 +5,7 @@
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/security/credentials.h>
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -134,6 +135,26 @@ TEST(Process, SignalWatcherCallsBack) {
 TEST(Process, DieWithParentSeesAParentThatHasGone) {
   EXPECT_EQ(DieWithParent(getppid()), absl::OkStatus());
   EXPECT_EQ(DieWithParent(getppid() + 1).code(), absl::StatusCode::kFailedPrecondition);
+}
+
+// Exit code of a child: 0 when its HostId is ours, 1 when not, 2 when it may not have its own mounts.
+int HostIdOfChild(int namespaces) {
+  const std::string ours = HostId();
+  const pid_t child = fork();
+  if (child == 0) {
+    if (unshare(namespaces) != 0) {
+      _exit(2);
+    }
+    _exit(HostId() == ours ? 0 : 1);
+  }
+  int status = 0;
+  return waitpid(child, &status, 0) == child ? WEXITSTATUS(status) : -1;
+}
+
+TEST(Process, HostIdIsOfThoseThatSeeTheSameFiles) {
+  EXPECT_FALSE(HostId().empty());
+  EXPECT_EQ(HostIdOfChild(0), 0);
+  EXPECT_NE(HostIdOfChild(CLONE_NEWNS), 0);  // As root; else refused
 }
 
 }  // namespace
