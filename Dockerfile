@@ -20,12 +20,12 @@ USER 65532:65532
 
 FROM runtime AS controller
 COPY --from=build /src/build/bin/sluice-controller /src/build/bin/sluice /usr/local/bin/
-EXPOSE 50051 7501
+EXPOSE 50051 7501 9400
 ENTRYPOINT ["sluice-controller"]
 
 FROM runtime AS loader
 COPY --from=build /src/build/bin/sluice-loader /usr/local/bin/
-EXPOSE 7510
+EXPOSE 7510 9400
 ENTRYPOINT ["sluice-loader"]
 
 FROM loader AS loader-demo
@@ -33,14 +33,14 @@ COPY --from=build /root/.cache/sluice/models/SmolLM2-135M-Instruct.Q4_1.gguf /mo
 
 FROM runtime AS worker-cpu
 COPY --from=build /src/build/bin/sluice-worker /usr/local/bin/
-EXPOSE 7520
+EXPOSE 7520 9400
 ENTRYPOINT ["sluice-worker"]
 
 # CUDA's runtime is linked statically; the driver's library comes from the node, through the NVIDIA container runtime.
 FROM runtime AS worker-cuda
 COPY --from=build-cuda /src/build/bin/sluice-worker /src/k8s/images/worker-group /usr/local/bin/
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
-EXPOSE 7520
+EXPOSE 7520 9400
 ENTRYPOINT ["sluice-worker"]
 
 FROM golang:1.24-bookworm AS ghz

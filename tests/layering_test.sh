@@ -7,7 +7,7 @@
 set -euo pipefail
 
 # folder | what its files may include besides the folder itself. The longest matching folder counts; a file name stands
-# for itself. core/check.h and core/status_macros.h are open to all: they depend on nothing.
+# for itself. core/check.h, core/status_macros.h and core/fault_point.h are open to all: they depend on nothing.
 table() {
   cat << 'TABLE'
 kernels/core         |
@@ -34,7 +34,9 @@ tests/kernels        | tests/support kernels
 tests/worker         | tests/support proto services/rpc services/metrics services/checkpoint worker kernels
 tests/services       | tests/support proto services kernels/core kernels/quant
 tests/support        | proto services worker kernels
+tests/containers     | tests/support tests/services/checkpoint tests/worker/engine services/checkpoint worker/engine kernels/core kernels/quant kernels/backend
 tests/e2e            | tests/support proto services/rpc
+tests/kill_matrix    | tests/support tests/e2e proto services/rpc
 tests/bench          | tests/support tests/e2e proto services worker kernels
 tests/load           | proto
 TABLE
@@ -43,8 +45,8 @@ TABLE
 # system headers (a pattern of what stands between the quotes or brackets) | folders that may see them | the reason
 systems() {
   cat << 'SYSTEMS'
-^grpcpp/|^grpc/|^grpc\+\+/|[.]grpc[.]pb[.]h$ | services/rpc services/controller services/loader services/gateway services/cli worker tests/worker tests/services tests/support tests/e2e tests/bench | gRPC belongs to the shells of the services and of the worker
-[.]pb[.]h$|^google/protobuf/ | services worker tests/worker tests/services tests/support tests/e2e tests/bench tests/load | kernels know no messages
+^grpcpp/|^grpc/|^grpc\+\+/|[.]grpc[.]pb[.]h$ | services/rpc services/controller services/loader services/gateway services/cli worker tests/worker tests/services tests/support tests/e2e tests/kill_matrix tests/bench | gRPC belongs to the shells of the services and of the worker
+[.]pb[.]h$|^google/protobuf/ | services worker tests/worker tests/services tests/support tests/e2e tests/kill_matrix tests/bench tests/load | kernels know no messages
 ^cuda|^cublas|^cooperative_groups|^mma[.]h$|^nvml|^device_launch|^driver_types | kernels/cuda tests/kernels/cuda | only kernels/cuda knows CUDA
 ^prometheus/ | services/metrics | only services/metrics knows prometheus-cpp
 SYSTEMS
@@ -97,7 +99,7 @@ check() {
     function check_edge(target,    from) {
       from = row_of(FILENAME)
       if (from == "") { complain("lies in no folder of the table in tests/layering_test.sh"); return }
-      if (target == "kernels/core/check.h" || target == "kernels/core/status_macros.h") return
+      if (target ~ /^kernels\/core\/(check|status_macros|fault_point)[.]h$/) return
       if (row_of(target) == from || any_within(target, may[from])) return
       complain("includes " target ", but " from " may include only: " from " " may[from])
     }

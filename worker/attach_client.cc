@@ -7,6 +7,7 @@
 #include <random>
 #include <utility>
 
+#include "kernels/core/fault_point.h"
 #include "proto/sluice/internal/v1/controller.grpc.pb.h"
 #include "services/rpc/channel.h"
 #include "services/rpc/grpc_status.h"
@@ -84,8 +85,10 @@ absl::Status AttachClient::Serve() {
   {
     std::lock_guard<std::mutex> write_lock(write_mutex_);  // Hello is the first message
     stream.call = stub_->controller->Attach(&stream.context);
+    SLUICE_FAULT_POINT("worker.before_hello");
     stream.call->Write(hello);
   }
+  SLUICE_FAULT_POINT("worker.after_hello");
   AttachResponse order;
   while (stream.call->Read(&order)) {
     callbacks_.on_order(std::move(order));
@@ -128,6 +131,7 @@ void AttachClient::SendStats() {
   while (Pause(kStatsMs)) {
     AttachRequest event;
     *event.mutable_stats() = callbacks_.make_stats();
+    SLUICE_FAULT_POINT("worker.heartbeat");
     Send(event);
   }
 }

@@ -9,6 +9,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/core/fault_point.h"
 #include "proto/sluice/internal/v1/weights.grpc.pb.h"
 #include "services/rpc/channel.h"
 #include "services/rpc/grpc_status.h"
@@ -76,6 +77,7 @@ absl::Status FetchOnce(const ShardAssignment& assignment, internal::v1::Weights:
   FetchResponse part;
   absl::Status status = absl::OkStatus();
   while (status.ok() && reader->Read(&part)) {
+    SLUICE_FAULT_POINT("worker.fetch_part");
     status = assembler->Add(part);
     on_part();
   }

@@ -9,6 +9,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "kernels/core/fault_point.h"
 #include "kernels/core/status_macros.h"
 #include "proto/sluice/internal/v1/controller.grpc.pb.h"
 #include "proto/sluice/internal/v1/stage.grpc.pb.h"
@@ -127,6 +128,7 @@ class HiddenLink final : public StageLink {
       offset += size;
       frame->set_last(offset == bytes.size());
       first = false;
+      SLUICE_FAULT_POINT("worker.link_write");
       if (!stream->Write(request_)) {
         return false;
       }
@@ -206,6 +208,7 @@ class TokenLink final : public StageLink {
   template <typename Request, typename Response>
   static bool WriteFrame(TokenFrame* frame, grpc::ClientReaderWriter<Request, Response>* stream) {
     Request request;
+    SLUICE_FAULT_POINT("worker.tokens_write");
     request.mutable_frame()->Swap(frame);
     return stream->Write(request);
   }

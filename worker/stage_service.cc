@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/core/check.h"
+#include "kernels/core/fault_point.h"
 #include "kernels/core/status_macros.h"
 #include "services/rpc/grpc_status.h"
 
@@ -109,6 +110,7 @@ absl::Status StageService::TakeSteps(grpc::ServerContext* context, Stream* strea
     if (!whole) {
       continue;
     }
+    SLUICE_FAULT_POINT("worker.step_received");
     StepWork step = assembler.Take();
     Response response;
     response.set_step(step.header.step());
@@ -142,6 +144,7 @@ grpc::Status StageService::Ring(
   internal::v1::RingRequest request;
   internal::v1::RingResponse response;
   while (stream->Read(&request)) {
+    SLUICE_FAULT_POINT("worker.ring_received");
     const uint64_t epoch = request.frame().epoch();
     absl::Status status = absl::OkStatus();
     if (!hold.joined()) {

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/core/fault_point.h"
 
 namespace sluice::worker {
 namespace {
@@ -126,11 +127,13 @@ absl::Status StepLoop::RunStep(StepWork* step, Clock::time_point idle_since) {
   if (!is_last_) {
     output.hidden_states = sink_->SpareBuffer();
   }
+  SLUICE_FAULT_POINT("worker.before_compute");
   const Clock::time_point begin = Clock::now();
   if (absl::Status status = engine_->Step(input, &output); !status.ok()) {
     return status;
   }
   const Clock::duration time = Clock::now() - begin;
+  SLUICE_FAULT_POINT("worker.after_compute");
   step->header.add_stage_us(Micros(time));
   step->header.add_wait_us(Micros(begin - idle_since));
   Record(time);
@@ -150,6 +153,7 @@ absl::Status StepLoop::RunStep(StepWork* step, Clock::time_point idle_since) {
     *done.tokens.mutable_wait_us() = done.header.wait_us();
   }
   sink_->Send(std::move(done));
+  SLUICE_FAULT_POINT("worker.after_send");
   return absl::OkStatus();
 }
 

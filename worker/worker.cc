@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/core/fault_point.h"
 #include "kernels/core/status_macros.h"
 #include "services/rpc/log.h"
 #include "services/rpc/process.h"
@@ -205,12 +206,14 @@ void Worker::Run() {
     }
   }
   rpc::LogInfo("worker_ending", {{"worker_id", options_.worker_id}});
+  SLUICE_FAULT_POINT("worker.ending");
   attach_->Stop();
   CloseSession();
   server_->Shutdown(/*grace_ms=*/0);
 }
 
 void Worker::Configure(const ConfigureOrder& order) {
+  SLUICE_FAULT_POINT("worker.configure");
   CloseSession();
   absl::Status status = service_.Promise(order.epoch());
   if (status.ok()) {
@@ -220,7 +223,9 @@ void Worker::Configure(const ConfigureOrder& order) {
     status = OpenSession(order);
   }
   if (status.ok()) {
+    SLUICE_FAULT_POINT("worker.before_ready");
     SendReady(order.epoch());
+    SLUICE_FAULT_POINT("worker.after_ready");
   } else if (!cancellation_->cancelled()) {
     CloseSession();
     SendFault(order.epoch(), status);
@@ -233,6 +238,7 @@ void Worker::Configure(const ConfigureOrder& order) {
 absl::Status Worker::Load(const ConfigureOrder& order) {
   if (engine_ != nullptr && HoldsSameWeights(engine_->assignment(), order.assignment())) {
     absl::Status status = engine_->Reconfigure(order.assignment());
+    SLUICE_FAULT_POINT("worker.weights_kept");
     rpc::LogInfo("shard_kept", {{"epoch", order.epoch()}, {"status", status}});
     if (status.ok()) {
       metrics_.SetMemory(engine_->memory(), options_.memory_bytes);
@@ -273,6 +279,7 @@ absl::Status Worker::Fetch(const ConfigureOrder& order) {
   };
   SLUICE_RETURN_IF_ERROR(
       FetchShard(order.assignment(), options, loader.get(), cancellation_.get()));
+  SLUICE_FAULT_POINT("worker.fetched");
   SLUICE_ASSIGN_OR_RETURN(engine_, loader->Finish());
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   metrics_.load_seconds.Observe(seconds.count());
@@ -311,6 +318,7 @@ absl::Status Worker::OpenSession(const ConfigureOrder& order) {
     std::lock_guard<std::mutex> lock(mutex_);
     session_ = std::move(session);
   }
+  SLUICE_FAULT_POINT("worker.before_open");
   service_.Open(open);
   server_->SetReady(true);
   metrics_.serving.Set(1);
@@ -322,6 +330,7 @@ void Worker::CloseSession() {
   if (session_ == nullptr) {
     return;
   }
+  SLUICE_FAULT_POINT("worker.session_closing");
   server_->SetReady(false);
   metrics_.serving.Set(0);
   session_->link->Stop();

@@ -3,6 +3,7 @@
 #include <future>
 #include <utility>
 
+#include "kernels/core/fault_point.h"
 #include "services/controller/controller_loop.h"
 #include "services/controller/device_map_view.h"
 
@@ -76,6 +77,7 @@ void ControllerLoop::OnFrame(internal::v1::TokenFrame frame) {
     if (scheduler_ == nullptr) {
       return;
     }
+    SLUICE_FAULT_POINT("controller.token_received");
     if (absl::Status status = scheduler_->OnFrame(Now(), frame); !status.ok()) {
       coordinator_.OnPipelineLost(Now(), frame.epoch(), status);
     }

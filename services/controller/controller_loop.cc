@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/core/fault_point.h"
 #include "services/controller/device_map_view.h"
 #include "services/rpc/error_details.h"
 #include "services/rpc/log.h"
@@ -126,7 +127,9 @@ void ControllerLoop::SendSteps() {
   }
   internal::v1::StepHeader step;
   while (scheduler_->NextStep(Now(), &step)) {
+    SLUICE_FAULT_POINT("controller.before_step");
     pipeline_->Send(step);
+    SLUICE_FAULT_POINT("controller.after_step");
     metrics_.steps.Add();
     uint32_t tokens = 0;
     for (const internal::v1::SequenceSlice& slice : step.sequences()) {
@@ -152,6 +155,7 @@ void ControllerLoop::Deliver() {
       totals_.set_generated_tokens(totals_.generated_tokens() + 1);
     }
     Live& live = it->second;
+    SLUICE_FAULT_POINT("controller.before_client_write");
     live.meter.OnEvent(now, event);
     for (const uint32_t choice : live.request->OnEvent(now, event)) {
       live.meter.OnStopped(now, choice);
@@ -165,6 +169,7 @@ void ControllerLoop::Deliver() {
 }
 
 void ControllerLoop::Finished(const LiveRequest& request) {
+  SLUICE_FAULT_POINT("controller.request_finished");
   by_request_id_.erase(request.request_id());
   totals_.set_finished_requests(totals_.finished_requests() + 1);
   rpc::LogInfo(
@@ -219,6 +224,7 @@ void ControllerLoop::Accept(uint64_t handle, GenerationRequest request, Response
   by_request_id_[request.request_id] = handle;
   RequestMeter meter(&metrics_, request.arrival, request.spec);
   live_.emplace(handle, Live{std::make_unique<LiveRequest>(std::move(request), sink), meter});
+  SLUICE_FAULT_POINT("controller.after_admission");
 }
 
 void ControllerLoop::Drop(uint64_t handle) {
@@ -230,6 +236,7 @@ void ControllerLoop::Drop(uint64_t handle) {
     if (scheduler_ != nullptr) {
       scheduler_->Drop(handle);
     }
+    SLUICE_FAULT_POINT("controller.client_gone");
     it->second.meter.OnDropped(Now());
     it->second.request->Fail(absl::CancelledError("the client cancelled the request"));
     totals_.set_cancelled_requests(totals_.cancelled_requests() + 1);
@@ -259,6 +266,7 @@ void ControllerLoop::Drain(std::chrono::milliseconds timeout, std::function<void
   const bool posted = Post([this, timeout, shared] {
     rpc::LogInfo("draining", {{"live_requests", live_.size()}, {"timeout_ms", timeout.count()}});
     draining_ = true;
+    SLUICE_FAULT_POINT("controller.draining");
     drain_until_ = Now() + timeout;
     drain_done_.push_back(*shared);
   });
@@ -284,9 +292,11 @@ void ControllerLoop::FailAll(const absl::Status& status) {
 
 void ControllerLoop::OpenPipeline(uint64_t epoch, const std::vector<std::string>& addresses) {
   pipeline_->Open(epoch, addresses, this);
+  SLUICE_FAULT_POINT("controller.pipeline_open");
 }
 
 void ControllerLoop::OnServing(uint64_t epoch, const plan::DeviceMapPlan& plan) {
+  SLUICE_FAULT_POINT("controller.serving");
   SchedulerLimits limits;
   limits.epoch = epoch;
   limits.stages = static_cast<uint32_t>(plan.stages.size());
@@ -311,6 +321,7 @@ void ControllerLoop::OnLost(const absl::Status& status) {
   totals_.set_lost_requests(totals_.lost_requests() + live_.size());
   FailAll(status);
   scheduler_.reset();
+  SLUICE_FAULT_POINT("controller.recovering");
   pipeline_->Close();
 }
 

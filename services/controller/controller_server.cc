@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/core/fault_point.h"
 #include "services/rpc/log.h"
 #include "services/rpc/process.h"
 
@@ -159,6 +160,7 @@ void ControllerServer::Stop(std::chrono::milliseconds drain) {
   auto drained = std::make_shared<std::promise<void>>();
   loop_->Drain(drain, [drained](uint32_t ended) { drained->set_value(); });
   drained->get_future().wait();
+  SLUICE_FAULT_POINT("controller.drained");
   catalog_.reset();
   for (auto* server : {&public_server_, &admin_server_}) {
     if (*server != nullptr) {

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "kernels/core/fault_point.h"
 #include "services/rpc/error_details.h"
 #include "services/rpc/log.h"
 
@@ -53,6 +54,7 @@ absl::Status Coordinator::OnHello(TimePoint now, uint64_t attachment,
     rpc::LogWarning("worker_refused", {{"worker_id", hello.worker_id()}, {"status", status}});
     return status;
   }
+  SLUICE_FAULT_POINT("controller.worker_attached");
   rpc::LogInfo("worker_attached", {{"worker_id", hello.worker_id()},
                                    {"device", hello.device_name()},
                                    {"memory_bytes", hello.memory_bytes()},
@@ -103,6 +105,7 @@ void Coordinator::OnReady(AttachedWorker* worker, const internal::v1::WorkerRead
     return;
   }
   worker->ready = ready;
+  SLUICE_FAULT_POINT("controller.worker_ready");
   worker->state = v1::WORKER_STATE_READY;
   rpc::LogInfo("worker_ready", {{"worker_id", worker->hello.worker_id()},
                                 {"epoch", epoch_},
@@ -170,6 +173,7 @@ void Coordinator::Lose(TimePoint now, const std::string& why, bool wait) {
   if (!plan_.has_value()) {
     return;
   }
+  SLUICE_FAULT_POINT("controller.worker_lost");
   AttachResponse halt;
   halt.mutable_halt()->set_epoch(epoch_);
   for (const plan::StagePlan& stage : plan_->stages) {
@@ -272,6 +276,7 @@ void Coordinator::TryPlan(TimePoint now) {
     epoch_ = std::max(epoch_, worker->hello.epoch());
   }
   ++epoch_;
+  SLUICE_FAULT_POINT("controller.planned");
   state_ = State::kLoading;
   reason_ = "workers pull their layers";
   SendConfigure();
@@ -296,6 +301,7 @@ void Coordinator::SendConfigure() {
     order.mutable_configure()->set_epoch(epoch_);
     *order.mutable_configure()->mutable_assignment() = Assignment(stage);
     worker->channel->Send(order);
+    SLUICE_FAULT_POINT("controller.after_configure");
   }
 }
 

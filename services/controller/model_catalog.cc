@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/core/fault_point.h"
 #include "proto/sluice/internal/v1/weights.grpc.pb.h"
 #include "services/rpc/channel.h"
 #include "services/rpc/crc32c.h"
@@ -128,6 +129,7 @@ void ModelCatalog::Run() {
                                        {"digest", (*model)->shards.model_digest()},
                                        {"layers", (*model)->shards.config().num_layers()},
                                        {"weight_bytes", (*model)->weight_bytes}});
+      SLUICE_FAULT_POINT("controller.model_known");
       on_model_(*model);
       return;
     }

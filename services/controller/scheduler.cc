@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/core/fault_point.h"
 #include "services/rpc/error_details.h"
 
 namespace sluice::controller {
@@ -143,6 +144,7 @@ void Scheduler::End(Sequence* sequence) {
     }
     return;
   }
+  SLUICE_FAULT_POINT("controller.before_release");
   blocks_.Free(sequence->blocks);
   sequence->blocks.clear();
   by_seq_id_.erase(sequence->seq_id);

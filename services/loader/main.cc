@@ -11,6 +11,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/core/fault_point.h"
 #include "kernels/core/status_macros.h"
 #include "services/checkpoint/checkpoint.h"
 #include "services/loader/weights_service.h"
@@ -93,6 +94,7 @@ absl::Status Serve(const Flags& flags) {
   SLUICE_RETURN_IF_ERROR(rpc::FollowParent(flags.process));
   SLUICE_ASSIGN_OR_RETURN(const std::unique_ptr<checkpoint::Checkpoint> checkpoint,
                           checkpoint::Checkpoint::Open(flags.model, flags.revision));
+  SLUICE_FAULT_POINT("loader.opened");
   LogModel(*checkpoint);
   WeightsService service(*checkpoint);
   grpc::Service* const services[] = {&service};
@@ -109,6 +111,7 @@ absl::Status Serve(const Flags& flags) {
   if (!flags.address_file.empty()) {
     SLUICE_RETURN_IF_ERROR(WriteAddress(flags.address_file, address));
   }
+  SLUICE_FAULT_POINT("loader.listening");
   server->SetReady(true);
   rpc::LogInfo("listening", {{"address", address}});
   if (metrics_server != nullptr) {
@@ -116,6 +119,7 @@ absl::Status Serve(const Flags& flags) {
   }
   std::unique_lock<std::mutex> lock(mutex);
   changed.wait(lock, [&stopped] { return stopped; });
+  SLUICE_FAULT_POINT("loader.ending");
   server->Shutdown(/*grace_ms=*/1000);
   return absl::OkStatus();
 }

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
+#include "kernels/core/fault_point.h"
 #include "services/rpc/grpc_status.h"
 
 namespace sluice::loader {
@@ -64,6 +65,7 @@ class SendingStream : public grpc::ServerWriteReactor<Response> {
     absl::Status status = admitted ? SendAll()
                                    : absl::ResourceExhaustedError(
                                          "the loader serves as many streams as it may; try later");
+    SLUICE_FAULT_POINT("loader.before_stream_end");
     this->Finish(rpc::ToGrpcStatus(status));
   }
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/core/fault_point.h"
 #include "kernels/core/status_macros.h"
 #include "services/rpc/crc32c.h"
 
@@ -53,6 +54,7 @@ absl::StatusOr<std::unique_ptr<ShardSource>> ShardSource::Open(
                                                    description.config().num_layers()));
   }
   std::unique_ptr<ShardSource> source(new ShardSource(checkpoint, budget, metrics));
+  SLUICE_FAULT_POINT("loader.source_opened");
   source->Select(request);
   SLUICE_RETURN_IF_ERROR(source->Resume(request));
   source->converter_ =
@@ -113,6 +115,7 @@ void ShardSource::Convert(const std::stop_token& stop) {
     const auto begin = std::chrono::steady_clock::now();
     auto converted =
         std::make_unique<Converted>(Converted{checkpoint_.Read(units_[i].index), std::move(share)});
+    SLUICE_FAULT_POINT("loader.converted");
     const bool ok = converted->matrix.ok();
     if (ok) {
       const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
@@ -156,6 +159,7 @@ absl::StatusOr<bool> ShardSource::Next(FetchResponse* part) {
     if (current_ == nullptr) SLUICE_RETURN_IF_ERROR(TakeConverted());
     data->assign(reinterpret_cast<const char*>(current_->matrix->planes.data() + offset), size);
   }
+  SLUICE_FAULT_POINT("loader.fetch_part");
   part->set_crc32c(rpc::Crc32c(data->data(), data->size()));
   part->set_name(unit.name);
   part->set_part(part_);

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/core/fault_point.h"
 #include "kernels/core/status_macros.h"
 #include "services/loader/sending_stream.h"
 #include "services/loader/shard_source.h"
@@ -70,14 +71,17 @@ WeightsService::WeightsService(const checkpoint::Checkpoint& checkpoint)
 grpc::ServerUnaryReactor* WeightsService::PlanShards(grpc::CallbackServerContext* context,
                                                      const internal::v1::PlanShardsRequest*,
                                                      internal::v1::PlanShardsResponse* response) {
+  SLUICE_FAULT_POINT("loader.before_plan_answer");
   *response = checkpoint_.description();
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   reactor->Finish(grpc::Status::OK);
+  SLUICE_FAULT_POINT("loader.after_plan_answer");
   return reactor;
 }
 
 grpc::ServerWriteReactor<FetchResponse>* WeightsService::Fetch(
     grpc::CallbackServerContext* context, const internal::v1::FetchRequest* request) {
+  SLUICE_FAULT_POINT("loader.fetch_begun");
   auto state = std::make_shared<FetchState>();
   auto next = [this, state, wanted = *request](FetchResponse* part) -> absl::StatusOr<bool> {
     if (state->source == nullptr) {
@@ -104,6 +108,7 @@ grpc::ServerWriteReactor<FetchFileResponse>* WeightsService::FetchFile(
     grpc::CallbackServerContext* context, const internal::v1::FetchFileRequest* request) {
   auto next = [this, state = std::make_shared<FileState>(),
                wanted = *request](FetchFileResponse* response) {
+    SLUICE_FAULT_POINT("loader.file_part");
     auto more = NextOfFile(checkpoint_, wanted, state.get(), response);
     if (more.ok() && *more) metrics_.file_bytes.Add(response->data().size());
     return more;

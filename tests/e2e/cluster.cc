@@ -23,10 +23,11 @@ std::string ReadFile(const std::string& path) {
   return content.str();
 }
 
-// Content of a file that a process writes once it listens; empty after 30 s.
-std::string WaitForFile(const std::string& path) {
+// Content of a file that a process writes once it listens; empty after 30 s or when it has ended.
+std::string WaitForFile(const std::string& path, Process* process) {
   for (int i = 0; i < 6000; ++i) {
     if (const std::string content = ReadFile(path); content.ends_with("\n")) return content;
+    if (!process->running()) break;
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
   return "";
@@ -55,9 +56,9 @@ Cluster::Cluster(const ClusterOptions& options) : options_(options) {
   folder_ = mkdtemp(pattern.data());
   options_.model = WithTokenizer(options_.model, folder_);
   workers_.resize(options.workers);
-  StartLoader();
-  StartController();
-  for (int i = 0; i < options.workers; ++i) StartWorker(i);
+  std::vector<std::string> names = {"loader", "controller"};
+  for (int i = 0; i < options.workers; ++i) names.push_back("worker-" + std::to_string(i));
+  for (const std::string& name : names) Start(name, options_.faults[name]);
 }
 
 Cluster::~Cluster() {
@@ -67,20 +68,48 @@ Cluster::~Cluster() {
   fs::remove_all(folder_);
 }
 
-void Cluster::StartLoader() {
-  const std::string file = folder_ + "/loader.json";
-  fs::remove(file);
-  const std::string listen = loader_address_.empty() ? "127.0.0.1:0" : loader_address_;
-  loader_ = Process({Program("sluice-loader"), "--model", options_.model, "--listen", listen,
-                     "--address-file", file},
-                    folder_ + "/loader.log");
-  loader_address_ = WaitForFile(file);
-  loader_address_.erase(loader_address_.find_last_not_of("\n") + 1);
+Process& Cluster::process(const std::string& name) {
+  if (name == "loader") return loader_;
+  if (name == "controller") return controller_;
+  return workers_.at(std::stoi(name.substr(name.find('-') + 1)));
 }
 
-void Cluster::StartController() {
-  const std::string file = folder_ + "/controller.json";
+void Cluster::Start(const std::string& name, const std::string& fault) {
+  const std::string file = folder_ + "/" + name + ".json";
   fs::remove(file);
+  std::vector<std::string> command;
+  if (!fault.empty()) command = {"/usr/bin/env", "SLUICE_FAULT=" + fault};
+  const std::vector<std::string> rest = name == "loader"       ? LoaderCommand(file)
+                                        : name == "controller" ? ControllerCommand(file)
+                                                               : WorkerCommand(name);
+  command.insert(command.end(), rest.begin(), rest.end());
+  process(name) = Process(command, folder_ + "/" + name + ".log");
+  const bool known = name == "loader" ? !loader_address_.empty() : !public_address_.empty();
+  if (name.starts_with("worker") || (known && !fault.empty())) return;
+  const std::string written = WaitForFile(file, &process(name));
+  if (name == "loader") {
+    loader_address_ = written.substr(0, written.find('\n'));
+    return;
+  }
+  const nlohmann::json addresses =
+      nlohmann::json::parse(written, nullptr, /*allow_exceptions=*/false);
+  if (!addresses.is_object()) return;  // It did not start: WaitReady() tells.
+  public_address_ = addresses.value("public", "");
+  internal_address_ = addresses.value("internal", "");
+  admin_address_ = addresses.value("admin", "");
+}
+
+std::vector<std::string> Cluster::LoaderCommand(const std::string& address_file) const {
+  return {Program("sluice-loader"),
+          "--model",
+          options_.model,
+          "--listen",
+          loader_address_.empty() ? "127.0.0.1:0" : loader_address_,
+          "--address-file",
+          address_file};
+}
+
+std::vector<std::string> Cluster::ControllerCommand(const std::string& address_file) const {
   const auto listen = [](const std::string& known) {
     return known.empty() ? std::string("127.0.0.1:0") : known;
   };
@@ -94,28 +123,21 @@ void Cluster::StartController() {
                                       "--admin-listen",
                                       listen(admin_address_),
                                       "--address-file",
-                                      file,
+                                      address_file,
                                       "--workers",
                                       std::to_string(options_.workers)};
   command.insert(command.end(), options_.controller_flags.begin(), options_.controller_flags.end());
-  controller_ = Process(command, folder_ + "/controller.log");
-  const nlohmann::json addresses =
-      nlohmann::json::parse(WaitForFile(file), nullptr, /*allow_exceptions=*/false);
-  if (!addresses.is_object()) return;  // It did not start: WaitReady() tells.
-  public_address_ = addresses.value("public", "");
-  internal_address_ = addresses.value("internal", "");
-  admin_address_ = addresses.value("admin", "");
+  return command;
 }
 
-void Cluster::StartWorker(int index) {
-  const std::string name = "worker-" + std::to_string(index);
+std::vector<std::string> Cluster::WorkerCommand(const std::string& name) const {
   std::vector<std::string> command = {Program("sluice-worker"),
                                       "--controller",
                                       internal_address_,
                                       "--worker-id",
                                       name,
                                       "--device-index",
-                                      std::to_string(index),
+                                      name.substr(name.find('-') + 1),
                                       "--listen",
                                       "127.0.0.1:0",
                                       "--threads",
@@ -125,7 +147,7 @@ void Cluster::StartWorker(int index) {
   if (options_.unix_sockets) {
     command.insert(command.end(), {"--unix-socket", folder_ + "/" + name + ".sock"});
   }
-  workers_[index] = Process(command, folder_ + "/" + name + ".log");
+  return command;
 }
 
 bool Cluster::WaitReady(int seconds) {
@@ -151,6 +173,10 @@ std::string Cluster::Logs() const {
     all += "--- " + entry.path().filename().string() + "\n" + LastLines(entry.path(), 3000);
   }
   return all;
+}
+
+std::string Cluster::Log(const std::string& name) const {
+  return ReadFile(folder_ + "/" + name + ".log");
 }
 
 std::shared_ptr<grpc::Channel> Cluster::PublicChannel() const {

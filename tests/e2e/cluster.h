@@ -4,6 +4,7 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -21,6 +22,8 @@ struct ClusterOptions {
   int threads = 1;  // Of each worker
   std::vector<std::string> controller_flags = {};
   bool unix_sockets = true;  // Links between workers over Unix sockets, else TCP
+  // Process name -> SLUICE_FAULT of its first start (kernels/core/fault_point.h)
+  std::map<std::string, std::string> faults = {};
 };
 
 // One answer, put together from a stream.
@@ -41,7 +44,8 @@ class Cluster {
 
   // True when the model serves; false after `seconds` (then Logs() tells why).
   bool WaitReady(int seconds = 120);
-  std::string Logs() const;  // Last lines of every process
+  std::string Logs() const;                        // Last lines of every process
+  std::string Log(const std::string& name) const;  // All lines of one
 
   std::unique_ptr<v1::GenerationService::Stub> Generation() const;
   std::unique_ptr<v1::ModelService::Stub> Model() const;
@@ -55,11 +59,19 @@ class Cluster {
   Process& loader() { return loader_; }
   Process& controller() { return controller_; }
   Process& worker(int index) { return workers_[index]; }
-  void StartLoader();
-  void StartController();  // On the same ports as before, once they are known
-  void StartWorker(int index);
+  void StartLoader() { Start("loader"); }
+  void StartController() { Start("controller"); }
+  void StartWorker(int index) { Start("worker-" + std::to_string(index)); }
+  // By name: "loader", "controller", "worker-N". Starts it on the ports it had before, once they
+  // are known, and waits until it listens, but for one with a fault, which may never do so.
+  Process& process(const std::string& name);
+  void Start(const std::string& name, const std::string& fault = "");
 
  private:
+  std::vector<std::string> LoaderCommand(const std::string& address_file) const;
+  std::vector<std::string> ControllerCommand(const std::string& address_file) const;
+  std::vector<std::string> WorkerCommand(const std::string& name) const;
+
   ClusterOptions options_;
   std::string folder_;
   std::string loader_address_, public_address_, internal_address_, admin_address_;

@@ -24,13 +24,13 @@ function bytes(text,    number) {
   return number
 }
 # A port of a *LISTEN variable at which the program listens for others; several workers of a pod take the ports that follow.
-function listens(program, port,    key, part, first) {
+function listens(program, port,    key, part) {
   for (key in config) {
     split(key, part, SUBSEP)
-    if (part[1] == "base" && part[2] == program && part[3] ~ /LISTEN$/ && config[key] !~ /^(127\.|localhost)/ && port_of(config[key]) == port) return 1
+    if (part[1] == "base" && part[2] == program && part[3] ~ /LISTEN$/ && config[key] !~ /^(127\.|localhost)/ &&
+        port >= port_of(config[key]) + 0 && port <= port_of(config[key]) + (program == "sluice-worker" ? 7 : 0)) return 1
   }
-  first = port_of(setting("base", program, "SLUICE_LISTEN"))
-  return program == "sluice-worker" && port > first + 0 && port <= first + 7
+  return 0
 }
 function check_key(file, program, key, where) {
   if (!(program in programs)) complain(file, where " belongs to no program: \"" program "\"")
@@ -60,6 +60,8 @@ function pods_with(label,    id, count) {
 function check_selector(i,    label) {
   label = path[i]; sub(/.*(matchLabels|selector)\./, "", label)
   label = label "=" text[i]
+  # Pods of another namespace, Prometheus for one, are not ours to know.
+  if (has(doc[i], before(path[i], "podSelector") "namespaceSelector.matchLabels.kubernetes.io/metadata.name")) return
   if (label !~ /^(kubernetes\.io\/metadata\.name|sluice-client)/ && !pods_with(label)) complain(file[i], "no pod has the label " label)
 }
 function check_service(id, f,    label, p, port, k, target_port, match_port) {
@@ -86,6 +88,9 @@ function check_policy(id, f,    side, far, r, p, port, label, program) {
         port = get(id, far ".ports[" p "].port")
         program = get(id, side ? far ".to[0].podSelector.matchLabels.app.kubernetes.io/name" : "spec.podSelector.matchLabels.app.kubernetes.io/name")
         if (port != 53 && program in programs && !listens(program, port)) complain(f, "NetworkPolicy " object_name[id] ": " program " does not listen on " port)
+        if (!side && !program) for (program in programs)  # A way into all of them
+          if (!listens(program, port)) complain(f, "NetworkPolicy " object_name[id] ": " program " does not listen on " port)
+        if (!side) open_from[id, port] = 1
       }
 }
 function check_pod(id, f,    base, c, program, sleep_s, drain_s, grace, needed) {
@@ -106,6 +111,21 @@ function check_pod(id, f,    base, c, program, sleep_s, drain_s, grace, needed) 
   drain_s = setting("base", program, "SLUICE_DRAIN_MS") / 1000
   grace = get(id, base ".terminationGracePeriodSeconds"); needed = sleep_s + drain_s + last_resort[program]
   if (grace + 0 < needed) complain(f, object_name[id] ": terminationGracePeriodSeconds " grace " is less than preStop " sleep_s " + drain " drain_s " + last resort " last_resort[program])
+}
+# Metrics of a program: one port in the flag, the container's port of that name, the annotation and the NetworkPolicy for Prometheus.
+function check_metrics(id, f, program,    port, k, key, part, open) {
+  port = port_of(setting("base", program, "SLUICE_METRICS_LISTEN"))
+  for (k = 0; has(id, "spec.template.spec.containers[0].ports[" k "].containerPort"); k++)
+    if (get(id, "spec.template.spec.containers[0].ports[" k "].name") == "metrics" &&
+        get(id, "spec.template.spec.containers[0].ports[" k "].containerPort") == port) open = 1
+  if (!port || !open) complain(f, program ": no container port called metrics with the port of SLUICE_METRICS_LISTEN")
+  if (get(id, "spec.template.metadata.annotations.prometheus.io/port") != port || get(id, "spec.template.metadata.annotations.prometheus.io/scrape") != "true")
+    complain(f, program ": annotations prometheus.io/scrape and port do not fit SLUICE_METRICS_LISTEN")
+  for (key in open_from) {
+    split(key, part, SUBSEP)
+    if (part[2] == port && get(part[1], "spec.podSelector.matchLabels.app.kubernetes.io/part-of") == "sluice") return
+  }
+  complain(f, program ": no NetworkPolicy lets Prometheus reach port " port)
 }
 # Of each overlay as a whole.
 function check_overlay(folder,    workers, replicas, group, limit, memory) {
@@ -147,6 +167,7 @@ function check_line(i,    p, t, f, id, c, program, key, role, generator) {
     while (key ~ /[^\/]+\/\.\.\//) sub(/[^\/.]+\/\.\.\//, "", key)
     if (!(key in exists)) complain(f, t " is not there")
   }
+  if (p ~ /^spec\.podMetricsEndpoints.*port$/ && !(t in port_names)) complain(f, "no container has a port called " t)
   if (p == "spec.serviceName" && !(t in headless)) complain(f, "serviceName " t " is no headless Service")
   if (p ~ /^configMapGenerator.*literals\[/ || p ~ /\.env\[[0-9]+\]\.value$/) {
     key = p ~ /literals/ ? before(t, "=") : get(id, substr(p, 1, length(p) - 5) "name")
@@ -165,6 +186,7 @@ END {
     if (kind[doc[i]] == "StatefulSet" && path[i] ~ /limits\.memory$/) memory_of[folder] = text[i]
     if (text[i] == "WORKER_GROUP_SIZE") group_of[folder] = get(doc[i], substr(path[i], 1, length(path[i]) - 4) "value")
     if (file[i] ~ /^overlays\//) overlays[folder] = 1
+    if (path[i] ~ /containers\[0\]\.ports\[[0-9]+\]\.name$/) port_names[text[i]] = 1
     if (kind[doc[i]] == "Service" && path[i] == "spec.clusterIP" && text[i] == "None") headless[object_name[doc[i]]] = 1
     file_of[doc[i]] = file[i]
   }
@@ -172,6 +194,10 @@ END {
   for (i = 1; i <= n; i++) check_line(i)
   for (id in pods) check_pod(id, file_of[id])
   for (id in kind) if (kind[id] == "NetworkPolicy") check_policy(id, file_of[id])
+  for (id in pods) {
+    program = "sluice-" get(id, "spec.template.spec.containers[0].name")
+    if (program in programs) check_metrics(id, file_of[id], program)
+  }
   for (folder in overlays) check_overlay(folder)
   for (key in flag) {
     split(key, pair, SUBSEP)

@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT
 cat > "$work/sluice-worker" << 'STANDIN'
 #!/usr/bin/env bash
 trap 'echo "$SLUICE_WORKER_ID ended" >> "$WORK/log"; exit 0' TERM
-echo "$SLUICE_WORKER_ID $SLUICE_LISTEN $SLUICE_DEVICE $SLUICE_DEVICE_INDEX ${SLUICE_UNIX_SOCKET:-none} $SLUICE_DIE_WITH_PARENT" >> "$WORK/log"
+echo "$SLUICE_WORKER_ID $SLUICE_LISTEN $SLUICE_DEVICE $SLUICE_DEVICE_INDEX ${SLUICE_UNIX_SOCKET:-none} ${SLUICE_METRICS_LISTEN:-none} $SLUICE_DIE_WITH_PARENT" >> "$WORK/log"
 if [ "$SLUICE_WORKER_ID" = x-1 ]; then until grep -q "^x-0 " "$WORK/log"; do sleep 0.02; done; fi
 if [ "$SLUICE_WORKER_ID" = x-1 ] && [ -s "$WORK/deaths" ]; then sed -i 1d "$WORK/deaths"; exit 3; fi
 while true; do sleep 0.05; done
@@ -25,13 +25,13 @@ begin() { : > "$work/log"; printf 'x\n%.0s' $(seq "$1") | head -n "$1" > "$work/
 
 # Two deaths of worker 1: it comes back, worker 0 was never started again; SIGTERM reaches both and the group ends with 0.
 begin 2
-WORKER_GROUP_SOCKETS=$work "$GROUP" 2> "$work/err" &
+WORKER_GROUP_SOCKETS=$work SLUICE_METRICS_LISTEN=0.0.0.0:9400 "$GROUP" 2> "$work/err" &
 pid=$!
 wait_for_lines 4
 kill -TERM $pid
 wait $pid || fail "code $? after SIGTERM"
-[ "$(grep -cFx "x-0 0.0.0.0:7520 cuda:0 0 $work/worker-0.sock true" "$work/log")" = 1 ] || fail "worker 0"
-[ "$(grep -cFx "x-1 0.0.0.0:7521 cuda:1 1 $work/worker-1.sock true" "$work/log")" = 3 ] || fail "worker 1"
+[ "$(grep -cFx "x-0 0.0.0.0:7520 cuda:0 0 $work/worker-0.sock 0.0.0.0:9400 true" "$work/log")" = 1 ] || fail "worker 0"
+[ "$(grep -cFx "x-1 0.0.0.0:7521 cuda:1 1 $work/worker-1.sock 0.0.0.0:9401 true" "$work/log")" = 3 ] || fail "worker 1"
 grep -qFx "x-0 ended" "$work/log" && grep -qFx "x-1 ended" "$work/log" || fail "SIGTERM did not reach both"
 [ "$(grep -c '"event":"worker_ended","worker":1,"code":3' "$work/err")" = 2 ] || fail "the deaths are not in the log"
 
@@ -41,7 +41,7 @@ code=0
 WORKER_GROUP_DEVICE=cpu "$GROUP" 2> "$work/err" || code=$?
 [ $code -eq 1 ] || fail "code $code, not 1"
 grep -q '"event":"giving_up","worker":1' "$work/err" || fail "nothing about giving up"
-[ "$(grep -cFx "x-1 0.0.0.0:7521 cpu 1 none true" "$work/log")" = 6 ] || fail "not six attempts"
+[ "$(grep -cFx "x-1 0.0.0.0:7521 cpu 1 none none true" "$work/log")" = 6 ] || fail "not six attempts"
 grep -qFx "x-0 ended" "$work/log" || fail "worker 0 was left"
 
 # Without a size: refused.

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/core/check.h"
+#include "kernels/core/fault_point.h"
 #include "kernels/core/status_macros.h"
 #include "worker/engine/assignment_check.h"
 #include "worker/engine/decoder_layer.h"
@@ -246,7 +247,10 @@ void Engine::ApplyStep(const StepHeader& header) {
   positions_.clear();
   inv_freq_.clear();
   logit_rows_.clear();
-  for (const uint64_t seq_id : header.released_seq_ids()) table_->Release(seq_id);
+  for (const uint64_t seq_id : header.released_seq_ids()) {
+    SLUICE_FAULT_POINT("worker.release");
+    table_->Release(seq_id);
+  }
   for (const SequenceSlice& slice : header.sequences()) {
     const Sequence* before = table_->Find(slice.seq_id());
     const std::optional<uint32_t> ahead_id = before == nullptr ? std::nullopt : before->sampled_id;
@@ -296,7 +300,9 @@ void Engine::Finish(const StepHeader& header, StepOutput* output) {
     backend_->CopyToHost(workspace_->hidden().Rows(0, num_rows_), output->hidden_states.data());
     return;
   }
+  SLUICE_FAULT_POINT("worker.before_sampling");
   sampler_->Run(header, sequences_, logit_rows_, workspace_->hidden(), num_rows_, &output->tokens);
+  SLUICE_FAULT_POINT("worker.after_sampling");
   AddSampled(output->tokens);
 }
 
