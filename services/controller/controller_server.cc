@@ -66,9 +66,10 @@ absl::StatusOr<std::unique_ptr<ControllerServer>> ControllerServer::Start(
   server->loop_ = std::make_unique<ControllerLoop>(options.loop, &server->pipeline_,
                                                    [self](bool ready) { self->SetReady(ready); });
   server->attach_ = std::make_unique<AttachService>(server->loop_.get());
-  server->generation_ =
-      std::make_unique<GenerationService>(options.generation, server->loop_.get());
-  server->model_ = std::make_unique<ModelService>(server->loop_.get());
+  server->calls_ = std::make_unique<ClientCalls>(options.clients);
+  server->generation_ = std::make_unique<GenerationService>(options.generation, server->loop_.get(),
+                                                            server->calls_.get());
+  server->model_ = std::make_unique<ModelService>(server->loop_.get(), server->calls_.get());
   server->admin_ = std::make_unique<AdminService>(server->loop_.get());
   if (absl::Status status = server->StartListeners(options); !status.ok()) {
     return status;

@@ -22,6 +22,7 @@ namespace sluice::controller {
 struct ControllerOptions {
   LoopOptions loop;  // controller_address and host_id are filled in at the start
   GenerationOptions generation;
+  ClientLimits clients;
   std::string model_name;                          // Empty: from the loader
   std::string listen = "127.0.0.1:7500";           // Public: GenerationService, ModelService
   std::string internal_listen = "127.0.0.1:7501";  // Workers
@@ -55,6 +56,7 @@ class ControllerServer {
 
   PipelineClient pipeline_;
   std::unique_ptr<ControllerLoop> loop_;
+  std::unique_ptr<ClientCalls> calls_;
   std::unique_ptr<AttachService> attach_;
   std::unique_ptr<GenerationService> generation_;
   std::unique_ptr<ModelService> model_;

@@ -218,4 +218,23 @@ Golden ReadGolden(const std::string& name) {
   return golden;
 }
 
+Golden LongestClearRun(const Golden& golden) {
+  constexpr float kClearGap = 0.04f;  // Twice golden_test's larger bound
+  size_t begin = 0, length = 0;
+  for (size_t i = 0, start = 0; i < golden.greedy.size(); ++i) {
+    if (golden.gaps[i] <= kClearGap) {
+      start = i + 1;
+    } else if (i + 1 - start > length) {
+      begin = start;
+      length = i + 1 - start;
+    }
+  }
+  const auto first = golden.greedy.begin() + static_cast<ptrdiff_t>(begin);
+  Golden run;
+  run.prompt = golden.prompt;
+  run.prompt.insert(run.prompt.end(), golden.greedy.begin(), first);
+  run.greedy.assign(first, first + static_cast<ptrdiff_t>(length));
+  return run;
+}
+
 }  // namespace sluice::e2e

@@ -77,5 +77,9 @@ struct Golden {
   std::vector<float> gaps;  // Between the two best logits at each greedy id
 };
 Golden ReadGolden(const std::string& name);
+// The longest run of greedy ids whose two best logits are never closer than the engine's bound
+// allows to judge, and the ids before it as the prompt (the teacher-forced comparison of every id
+// is tests/worker/engine/golden_test.cc).
+Golden LongestClearRun(const Golden& golden);
 
 }  // namespace sluice::e2e
