@@ -113,6 +113,7 @@ absl::Status ControllerServer::StartListeners(const ControllerOptions& options) 
   clients.ready_names = {v1::GenerationService::service_full_name(),
                          v1::ModelService::service_full_name()};
   clients.age_grace_ms = static_cast<int>(options.generation.longest_request.count());
+  clients.guard = options.http2_guard;
   auto public_server =
       Listen(options.listen, clients, {generation_.get(), model_.get()}, &public_address_);
   if (!public_server.ok()) {
@@ -121,6 +122,7 @@ absl::Status ControllerServer::StartListeners(const ControllerOptions& options) 
   public_server_ = *std::move(public_server);
 
   rpc::ServerOptions admin = clients;
+  admin.guard = false;
   admin.ready_names = {v1::AdminService::service_full_name(),
                        v1::ModelService::service_full_name()};
   auto admin_server =

@@ -23,8 +23,9 @@ struct ControllerOptions {
   LoopOptions loop;  // controller_address and host_id are filled in at the start
   GenerationOptions generation;
   ClientLimits clients;
-  std::string model_name;                          // Empty: from the loader
-  std::string listen = "127.0.0.1:7500";           // Public: GenerationService, ModelService
+  bool http2_guard = true;                // rpc::FrameGuard in front of the public listener
+  std::string model_name;                 // Empty: from the loader
+  std::string listen = "127.0.0.1:7500";  // Public: GenerationService, ModelService
   std::string internal_listen = "127.0.0.1:7501";  // Workers
   std::string admin_listen = "127.0.0.1:7502";     // AdminService, ModelService
   std::string metrics_listen;                      // Prometheus; empty: nobody

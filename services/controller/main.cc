@@ -84,6 +84,9 @@ void AddServingFlags(CLI::App& app, Flags* flags) {
   rpc::AddFlag(app, "max-request-mib-per-peer", &flags->max_request_mib_per_peer,
                "Size of the requests in flight of one client address, MiB; of all: four times that")
       ->check(CLI::Range(4, 65536));
+  rpc::AddFlag(app, "http2-guard", &flags->controller.http2_guard,
+               "Bound connections, streams and resets of clients before gRPC sees them; false: a "
+               "proxy in front does");
   rpc::AddFlag(app, "write-deadline-ms", &flags->write_deadline_ms,
                "A call whose client takes nothing of its answer for so long is ended")
       ->check(CLI::Range(100, 3600 * 1000));

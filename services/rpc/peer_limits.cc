@@ -106,6 +106,10 @@ std::string PeerLimits::PeerOf(const std::string& grpc_peer) {
     }
     return prefix;
   }
+  // From a FrameGuard: "unix-abstract:sluice/<process>/<port>/<number>/<peer>".
+  if (kind == "unix-abstract" && grpc_peer.find("sluice/") != std::string::npos) {
+    return grpc_peer.substr(grpc_peer.rfind('/') + 1);
+  }
   return kind;  // unix, or one that nobody knows: all of a kind together
 }
 

@@ -82,7 +82,7 @@ TEST_F(ConnectionAbuseTest, A10ResetFlood) {
         client->Forget(stream);
         if (k % 50 == 49) client->Flush();
       }
-      client->Flush();
+      client->Flush(); std::printf("opened %u open %d goaway %d\n", client->streams_opened(), client->open(), client->goaway());
     });
   }
   GoodAnswer();
