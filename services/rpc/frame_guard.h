@@ -23,10 +23,10 @@
 namespace sluice::rpc {
 
 struct GuardOptions {
-  std::string address;              // "host:port"; port 0: the system chooses
-  uint32_t max_connections = 1024;  // Cut to what the limit of open files allows
+  std::string address;             // "host:port"; port 0: the system chooses
+  uint32_t max_connections = 512;  // Cut to what the limit of open files allows
   // Of one address; always at most half of all, so that nobody can shut out everybody.
-  uint32_t max_connections_per_peer = 256;
+  uint32_t max_connections_per_peer = 64;
   // For the client's first bytes, and to take the last ones.
   std::chrono::milliseconds patience{10 * 1000};
   FrameLimits frames;

@@ -3,7 +3,7 @@
 #include <gmock/gmock.h>
 
 #include <chrono>
-#include <cstdlib>
+#include <cstdio>
 #include <fstream>
 #include <thread>
 
@@ -45,15 +45,12 @@ double MemoryWatch::Read(const std::string& key) const {
 double MemoryWatch::peak_growth_mib() const { return Read("VmHWM:") - start_mib_; }
 double MemoryWatch::growth_mib() const { return Read("VmRSS:") - start_mib_; }
 
-void AbuseTest::StartCluster(const std::vector<std::string>& controller_flags) {
-  cluster_ = std::make_unique<Cluster>(
-      ClusterOptions{.model = CheckpointPath("llama-fp16"), .controller_flags = controller_flags});
+void AbuseTest::StartCluster(const std::vector<std::string>& controller_flags,
+                             int controller_files) {
+  cluster_ = std::make_unique<Cluster>(ClusterOptions{.model = CheckpointPath("llama-fp16"),
+                                                      .controller_flags = controller_flags,
+                                                      .controller_files = controller_files});
   ASSERT_TRUE(cluster_->WaitReady()) << cluster_->Logs();
-}
-
-int AbuseTest::Count(int usual, int full) {
-  const char* size = std::getenv("SLUICE_ABUSE");
-  return size != nullptr && std::string(size) == "full" ? full : usual;
 }
 
 void AbuseTest::SetUp() {

@@ -33,12 +33,10 @@ class MemoryWatch {
 
 class AbuseTest : public ::testing::Test {
  protected:
-  // The program's cluster: flags of the controller besides the usual ones.
-  static void StartCluster(const std::vector<std::string>& controller_flags);
+  // The program's cluster: flags of the controller besides the usual ones, its most open files.
+  static void StartCluster(const std::vector<std::string>& controller_flags,
+                           int controller_files = 0);
   static void StopCluster() { cluster_.reset(); }
-  // A count that the environment variable SLUICE_ABUSE=full makes `full`.
-  static int Count(int usual, int full);
-
   void SetUp() override;
   // The server lives, nothing of the abuse is left, and the good client gets its answer.
   void ExpectUnharmed();
@@ -49,7 +47,7 @@ class AbuseTest : public ::testing::Test {
 
   // A bad client.
   std::unique_ptr<Http2Client> Attacker(Http2Client::Options options = {.source = "127.0.0.2"});
-  // Unary call by hand; its status code.
+  // Call by hand; its status code.
   int CallStatus(Http2Client* client, const std::string& method, const std::string& request);
 
   static std::unique_ptr<Cluster> cluster_;

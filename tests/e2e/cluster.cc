@@ -98,6 +98,10 @@ void Cluster::StartController() {
                                       "--workers",
                                       std::to_string(options_.workers)};
   command.insert(command.end(), options_.controller_flags.begin(), options_.controller_flags.end());
+  if (options_.controller_files > 0) {
+    const std::string limit = "ulimit -n " + std::to_string(options_.controller_files);
+    command.insert(command.begin(), {"/bin/sh", "-c", limit + " && exec \"$@\"", "sh"});
+  }
   controller_ = Process(command, folder_ + "/controller.log");
   const nlohmann::json addresses =
       nlohmann::json::parse(WaitForFile(file), nullptr, /*allow_exceptions=*/false);
@@ -149,6 +153,14 @@ std::string Cluster::Logs() const {
   for (const auto& entry : fs::directory_iterator(folder_)) {
     if (entry.path().extension() != ".log") continue;
     all += "--- " + entry.path().filename().string() + "\n" + LastLines(entry.path(), 3000);
+  }
+  return all;
+}
+
+std::string Cluster::LogText() const {
+  std::string all;
+  for (const auto& entry : fs::directory_iterator(folder_)) {
+    if (entry.path().extension() == ".log") all += ReadFile(entry.path());
   }
   return all;
 }

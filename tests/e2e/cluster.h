@@ -20,6 +20,7 @@ struct ClusterOptions {
   int workers = 1;
   int threads = 1;  // Of each worker
   std::vector<std::string> controller_flags = {};
+  int controller_files = 0;  // Most open files of the controller; 0: as many as the test may have
   bool unix_sockets = true;  // Links between workers over Unix sockets, else TCP
 };
 
@@ -48,6 +49,8 @@ class Cluster {
   std::unique_ptr<v1::AdminService::Stub> Admin() const;
   std::shared_ptr<grpc::Channel> PublicChannel() const;
   const std::string& public_address() const { return public_address_; }
+  std::string LogText() const;  // All that the processes have logged
+  const std::string& folder() const { return folder_; }
 
   // Streams one request of greedy decoding unless `request` says otherwise.
   Answer Stream(const v1::StreamGenerateRequest& request, int deadline_seconds = 120) const;

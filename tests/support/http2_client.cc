@@ -75,6 +75,10 @@ int Connect(const std::string& address, const std::string& source) {
 
 }  // namespace
 
+std::string GrpcMessage(const std::string& bytes, bool compressed) {
+  return std::string(1, compressed ? 1 : 0) + BigEndian(bytes.size(), 4) + bytes;
+}
+
 int Http2Client::Stream::grpc_status() const {
   const std::string name = "grpc-status";
   const size_t at = headers.find(name);
@@ -85,7 +89,7 @@ int Http2Client::Stream::grpc_status() const {
 
 Http2Client::Http2Client(const std::string& address, const Options& options) : options_(options) {
   fd_ = Connect(address, options.source);
-  out_ = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+  out_ = options.preface;
   SendFrame(FrameType::kSettings, 0, 0,
             Setting(1, 0) + Setting(4, options.stream_window));  // No dynamic table
 }
@@ -117,8 +121,7 @@ uint32_t Http2Client::OpenCall(const std::string& method,
 
 bool Http2Client::SendMessage(uint32_t stream, const std::string& bytes, bool compressed,
                               bool last) {
-  const std::string message =
-      std::string(1, compressed ? 1 : 0) + BigEndian(bytes.size(), 4) + bytes;
+  const std::string message = GrpcMessage(bytes, compressed);
   Stream& target = streams_[stream];
   for (size_t at = 0; at < message.size();) {
     const auto has_window = [&] {

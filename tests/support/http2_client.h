@@ -22,6 +22,9 @@ enum class FrameType : uint8_t {
   kContinuation = 9,
 };
 
+// One message as gRPC frames it inside DATA.
+std::string GrpcMessage(const std::string& bytes, bool compressed = false);
+
 class Http2Client {
  public:
   struct Options {
@@ -29,6 +32,7 @@ class Http2Client {
     bool ack_settings = true;
     uint32_t stream_window = 65535;  // Bytes that the server may send on a stream
     bool reads = true;               // False: nothing is ever read from the socket
+    std::string preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
   };
   // What came for a stream.
   struct Stream {
