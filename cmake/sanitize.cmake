@@ -21,7 +21,8 @@ endif()
 # Debian's gRPC and Abseil are not instrumented: a test that runs gRPC gets suppressions, which hide what has a frame of gRPC in its stack.
 set(SLUICE_THREAD_TESTS
     controller_block_allocator_test controller_stop_matcher_test controller_scheduler_test controller_scheduler_simulation_test
-    controller_live_request_test controller_coordinator_test step_loop_test metrics_test engine_test engine_step_test engine_sampling_test
+    controller_live_request_test controller_coordinator_test controller_loop_test frame_guard_test
+    step_loop_test metrics_test engine_test engine_step_test engine_sampling_test
     engine_allocation_test golden_test kv_cache_test sequence_table_test step_checker_test cpu_attention_test cpu_matmul_test cpu_norm_test
     cpu_thread_pool_test shard_source_test memory_budget_test)
 set(SLUICE_THREAD_GRPC_TESTS

@@ -227,12 +227,12 @@ bool IsUtf8(const std::string& text) {
 // Weights are random, so tokens are bytes in any order; each answer is cut at another place.
 TEST_F(RequestAbuseTest, A5AnswersAreUtf8WhereverTheyEnd) {
   ASSERT_FALSE(IsUtf8("\xe2\x82"));
+  auto stub = cluster_->Generation();
   for (uint32_t tokens = 1; tokens <= 60; ++tokens) {
     StreamGenerateRequest request = GreedyRequest({1, 5, 6, tokens}, tokens);
     request.set_temperature(100);
     request.set_seed(tokens);
     request.set_n(3);
-    auto stub = cluster_->Generation();
     grpc::ClientContext context;
     auto reader = stub->StreamGenerate(&context, request);
     v1::StreamGenerateResponse message;
