@@ -157,6 +157,7 @@ void FrameScan::FromServer(const char* bytes, size_t size) {
       const Head head = Parse(server_head_.data());
       server_head_.clear();
       server_left_ = head.length;
+      controls_.tokens = std::min(controls_.most, controls_.tokens + 1);
       const bool ends = (head.type == kHeaders || head.type == kData) && (head.flags & kEndStream);
       if (ends || head.type == kReset) {
         open_.erase(head.stream);

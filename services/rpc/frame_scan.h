@@ -12,11 +12,13 @@
 namespace sluice::rpc {
 
 struct FrameLimits {
-  uint32_t max_streams = 100;       // Open at once; the connection ends at one more
-  uint32_t header_bytes = 16384;    // Of one header block, as on the wire; likewise
-  uint32_t resets = 200;            // Streams given up by the client: so many at once,
-  uint32_t resets_per_second = 50;  // and so many more each second; the rest wait
-  uint32_t controls = 400;          // The same for pings, settings, priorities and empty data
+  uint32_t max_streams = 100;        // Open at once; the connection ends at one more
+  uint32_t header_bytes = 16384;     // Of one header block, as on the wire; likewise
+  uint32_t resets = 200;             // Streams given up by the client: so many at once,
+  uint32_t resets_per_second = 100;  // and so many more each second; the rest wait
+  // The same for pings, settings, priorities and empty data. Each frame of the server adds one:
+  // clients measure a connection by pings while answers come.
+  uint32_t controls = 400;
   uint32_t controls_per_second = 100;
 };
 

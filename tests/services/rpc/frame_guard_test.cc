@@ -131,6 +131,10 @@ TEST_F(FrameScanTest, ControlFramesBeyondTheirRateWait) {
   }
   EXPECT_EQ(Send(Frame(kData, 0, 1, 1)), Verdict::kGoOn) << "data with content costs nothing";
   EXPECT_EQ(Send(Frame(kPing, 0, 0, 8)), Verdict::kWait);
+  const std::string answer = Frame(kData, 0, 1, 3);
+  scan_->FromServer(answer.data(), answer.size());
+  EXPECT_EQ(Send(""), Verdict::kGoOn) << "an answer may be measured by a ping";
+  EXPECT_EQ(Send(Frame(kPing, 0, 0, 8)), Verdict::kWait);
 }
 
 TEST_F(FrameScanTest, EndsHeaderBlocksThatAreTooLargeOrInterrupted) {
