@@ -293,8 +293,11 @@ bool FrameGuard::FromClient(Connection* connection, Clock::time_point now) {
   connection->paused = verdict == FrameScan::Verdict::kWait;
   any_paused_ = any_paused_ || connection->paused;
   if (verdict == FrameScan::Verdict::kEnd) {
-    LogInfo("connection_ended",
-            {{"peer", connection->peer}, {"reason", connection->scan.reason()}});
+    if (now >= next_log_) {  // A flood of them must not become one of lines
+      next_log_ = now + std::chrono::seconds(1);
+      LogInfo("connection_ended",
+              {{"peer", connection->peer}, {"reason", connection->scan.reason()}});
+    }
     return false;
   }
   return true;

@@ -73,6 +73,7 @@ class FrameGuard {
   std::atomic<bool> stop_{false};
   uint64_t next_name_ = 0;
   bool any_paused_ = false;
+  Clock::time_point next_log_{};
   std::unordered_map<int, Connection*> by_fd_;
   std::map<Connection*, std::unique_ptr<Connection>> connections_;
   std::map<std::string, uint32_t> by_peer_;

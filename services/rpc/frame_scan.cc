@@ -15,17 +15,12 @@ constexpr uint8_t kEndStream = 1, kEndHeaders = 4;
 
 }  // namespace
 
-bool FrameScan::Bucket::Take(Time now, Time* wait_until) {
+FrameScan::Time FrameScan::Bucket::Take(Time now) {
   const double seconds = std::chrono::duration<double>(now - filled).count();
-  tokens = std::min(most, tokens + seconds * per_second);
+  tokens = std::min(most, tokens + seconds * per_second) - 1;
   filled = now;
-  if (tokens >= 1) {
-    tokens -= 1;
-    return true;
-  }
-  const auto missing = std::chrono::microseconds(std::lround((1 - tokens) / per_second * 1e6) + 1);
-  *wait_until = now + missing;
-  return false;
+  const double debt = std::max(0.0, -tokens);
+  return now + std::chrono::microseconds(std::lround(debt / per_second * 1e6));
 }
 
 FrameScan::FrameScan(const FrameLimits& limits, Time now)
@@ -94,6 +89,9 @@ FrameScan::Verdict FrameScan::FromClient(Time now, std::string* in, std::string*
 }
 
 FrameScan::Verdict FrameScan::Judge(Time now, const Head& head) {
+  if (now < wait_until_) {
+    return Verdict::kWait;
+  }
   if (in_headers_ && head.type != kContinuation) {
     return End("a header block is interrupted");
   }
@@ -102,10 +100,9 @@ FrameScan::Verdict FrameScan::Judge(Time now, const Head& head) {
     case kContinuation:
       return OnHeaders(head);
     case kReset:
-      if (open_.count(head.stream) != 0 && !resets_.Take(now, &wait_until_)) {
-        return Verdict::kWait;
+      if (open_.erase(head.stream) != 0) {
+        wait_until_ = std::max(wait_until_, resets_.Take(now));
       }
-      open_.erase(head.stream);
       return Verdict::kGoOn;
     case kData:
       if (head.length > 0 || (head.flags & kEndStream) != 0) {
@@ -118,7 +115,8 @@ FrameScan::Verdict FrameScan::Judge(Time now, const Head& head) {
     default:
       break;
   }
-  return controls_.Take(now, &wait_until_) ? Verdict::kGoOn : Verdict::kWait;
+  wait_until_ = std::max(wait_until_, controls_.Take(now));
+  return Verdict::kGoOn;
 }
 
 FrameScan::Verdict FrameScan::OnHeaders(const Head& head) {

@@ -30,7 +30,8 @@ class FrameScan {
   FrameScan(const FrameLimits& limits, Time now);
 
   // Takes bytes of the client off the front of `in` and appends those that may pass to `out`. What
-  // stays in `in` is half a head (kGoOn), or begins with a frame that must wait until wait_until().
+  // stays in `in` is half a head (kGoOn), or must wait until wait_until(). The frame that breaks a
+  // rate passes, since it gives work up; those behind it wait.
   // kEnd: the client breaks a limit or does not speak HTTP/2; reason() says which.
   Verdict FromClient(Time now, std::string* in, std::string* out);
   // Looks at bytes of the server, which all pass.
@@ -54,7 +55,8 @@ class FrameScan {
     double most;
     double per_second;
     Time filled;
-    bool Take(Time now, Time* wait_until);
+    // Takes one in any case; now, or when the debt is paid.
+    Time Take(Time now);
   };
   static Head Parse(const char* bytes);
   Verdict Greet(std::string* in, std::string* out);

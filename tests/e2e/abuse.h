@@ -42,7 +42,7 @@ class AbuseTest : public ::testing::Test {
   void ExpectUnharmed();
   // The bound holds for a build without sanitizers; the figure is printed in any case.
   void ExpectPeakGrowthBelow(double mib);
-  Answer GoodAnswer();
+  void GoodAnswer();
   void WaitIdle();
 
   // A bad client.
