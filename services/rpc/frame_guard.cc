@@ -173,7 +173,9 @@ void FrameGuard::OnEvent(int fd, uint32_t events, Clock::time_point now) {
   const auto it = by_fd_.find(fd);
   if (it != by_fd_.end()) {
     Connection* connection = it->second;
-    const bool client_gone = fd == connection->client && (events & (EPOLLHUP | EPOLLERR)) != 0;
+    // One that must wait and leaves: nobody wants what it has sent.
+    const uint32_t gone = EPOLLHUP | EPOLLERR | (connection->paused ? EPOLLRDHUP : 0u);
+    const bool client_gone = fd == connection->client && (events & gone) != 0;
     if (client_gone || !Serve(connection, now)) {
       Close(connection);
     }
@@ -261,7 +263,8 @@ bool FrameGuard::Serve(Connection* connection, Clock::time_point now) {
   if (!WriteSome(connection->client, &connection->to_client)) {
     return false;
   }
-  if (connection->client_ended && connection->to_server.empty() && !connection->shut) {
+  if (connection->client_ended && !connection->paused && connection->to_server.empty() &&
+      !connection->shut) {
     connection->shut = true;
     shutdown(connection->server, SHUT_WR);
   }
@@ -332,7 +335,8 @@ void FrameGuard::Watch(Connection* connection) {
   const bool reads_server =
       !connection->server_ended && connection->to_client.size() < kMostBuffered;
   want(connection->client,
-       (reads_client ? EPOLLIN : 0u) | (connection->to_client.empty() ? 0u : EPOLLOUT),
+       (reads_client ? EPOLLIN : 0u) | (connection->to_client.empty() ? 0u : EPOLLOUT) |
+           (connection->paused ? EPOLLRDHUP : 0u),
        &connection->watched_client);
   want(connection->server,
        (reads_server ? EPOLLIN : 0u) | (connection->to_server.empty() ? 0u : EPOLLOUT),
