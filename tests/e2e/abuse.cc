@@ -108,7 +108,7 @@ void AbuseTest::ExpectPeakGrowthBelow(double mib) {
   }
 }
 
-std::unique_ptr<Http2Client> AbuseTest::Attacker(Http2Client::Options options) {
+std::unique_ptr<Http2Client> AbuseTest::Attacker(const Http2Client::Options& options) {
   auto client = std::make_unique<Http2Client>(cluster_->public_address(), options);
   EXPECT_TRUE(client->open());
   return client;

@@ -46,7 +46,8 @@ class AbuseTest : public ::testing::Test {
   void WaitIdle();
 
   // A bad client.
-  std::unique_ptr<Http2Client> Attacker(Http2Client::Options options = {.source = "127.0.0.2"});
+  std::unique_ptr<Http2Client> Attacker(const Http2Client::Options& options = {
+                                            .source = "127.0.0.2"});
   // Call by hand; its status code.
   int CallStatus(Http2Client* client, const std::string& method, const std::string& request);
 

@@ -18,25 +18,26 @@
 namespace sluice::controller {
 namespace {
 
-// Counts what comes; OnEnd exactly once.
+// Counts what comes; OnEnd exactly once. Keeps no absl::Status: Debian's Abseil, which counts its
+// users, is not instrumented.
 class CountingSink final : public ResponseSink {
  public:
   void OnMessage(v1::StreamGenerateResponse&& message) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    EXPECT_FALSE(status_.has_value());
+    EXPECT_FALSE(code_.has_value());
     tokens_ += message.token_ids_size();
     changed_.notify_all();
   }
   void OnEnd(const absl::Status& status) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    EXPECT_FALSE(status_.has_value());
-    status_ = status;
+    EXPECT_FALSE(code_.has_value());
+    code_ = status.code();
     changed_.notify_all();
   }
-  absl::Status Wait() {
+  absl::StatusCode Wait() {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [this] { return status_.has_value(); });
-    return *status_;
+    changed_.wait(lock, [this] { return code_.has_value(); });
+    return *code_;
   }
   int tokens() {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -47,7 +48,7 @@ class CountingSink final : public ResponseSink {
   std::mutex mutex_;
   std::condition_variable changed_;
   int tokens_ = 0;
-  std::optional<absl::Status> status_;
+  std::optional<absl::StatusCode> code_;
 };
 
 // A worker that has loaded as soon as it is told to.
@@ -119,8 +120,7 @@ class ControllerLoopTest : public testing::Test {
       } else if (i % 3 == 2) {
         loop_.CancelById(id, [](bool) {});
       }
-      const absl::Status status = sink.Wait();
-      if (i % 3 == 0 && status.ok()) {
+      if (sink.Wait() == absl::StatusCode::kOk && i % 3 == 0) {
         EXPECT_EQ(sink.tokens(), 5);
       }
       metrics::Page page;
@@ -142,7 +142,7 @@ TEST_F(ControllerLoopTest, ClientsAndAWorkerThatComesAndGoes) {
   for (uint64_t attachment = 1; attachment <= 3; ++attachment) {
     CountingSink sink;
     loop_.Submit(loop_.NewHandle(), Request("w" + std::to_string(attachment), 20), &sink);
-    static_cast<void>(sink.Wait());  // Ended, or lost with the worker before
+    sink.Wait();  // Ended, or lost with the worker before
     loop_.OnDetached(attachment);
     while (loop_.serving()) {
       std::this_thread::yield();
@@ -154,7 +154,7 @@ TEST_F(ControllerLoopTest, ClientsAndAWorkerThatComesAndGoes) {
   }
   CountingSink last;
   loop_.Submit(loop_.NewHandle(), Request("last", 7), &last);
-  EXPECT_TRUE(last.Wait().ok());
+  EXPECT_EQ(last.Wait(), absl::StatusCode::kOk);
   EXPECT_EQ(last.tokens(), 7);
   std::atomic<bool> drained{false};
   loop_.Drain(std::chrono::seconds(1), [&](uint32_t ended) {
