@@ -17,6 +17,7 @@ using google::protobuf::internal::WireFormatLite;
 using google::protobuf::io::CodedInputStream;
 
 constexpr std::chrono::milliseconds kWatchEvery{500};
+constexpr size_t kSmallAnswerBytes = 16 << 10;
 
 // Counts the fields of a message, and of the messages in its field `nested`. False: no message, or
 // more than `most`.
@@ -100,6 +101,13 @@ void ClientCall::CancelIfStalled(TimePoint before) {
   }
 }
 
+void ClientCall::Finishing(size_t bytes) {
+  WriteBegan();
+  if (bytes <= kSmallAnswerBytes) {
+    ticket_ = rpc::PeerLimits::Ticket();
+  }
+}
+
 void ClientCall::Gone() {
   {
     std::lock_guard<std::mutex> lock(calls_->mutex_);
@@ -142,7 +150,7 @@ void ReplyReactor::Reply(const absl::Status& status, const google::protobuf::Mes
   if (status.ok()) {
     *response_ = ToBytes(message);
   }
-  WriteBegan();
+  Finishing(response_->Length());
   Finish(FinishStatus(context_, status));
 }
 

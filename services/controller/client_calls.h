@@ -55,6 +55,9 @@ class ClientCall {
  protected:
   void WriteBegan() { write_began_ = std::chrono::steady_clock::now().time_since_epoch(); }
   void WriteEnded() { write_began_ = TimePoint::duration::max(); }
+  // Right before Finish with `bytes` of answer: a small one counts no more, so that a client that has
+  // its answer may call again at once (gRPC's OnDone comes later). A large one counts until OnDone.
+  void Finishing(size_t bytes);
   // First thing in OnDone: the context goes with it, and the call counts no more.
   void Gone();
 

@@ -44,7 +44,7 @@ void UnaryReactor::OnEnd(const absl::Status& status) {
   if (status.ok()) {
     *response_ = ToBytes(Whole());
   }
-  WriteBegan();
+  Finishing(response_->Length());
   Finish(FinishStatus(context_, status));
 }
 
@@ -115,6 +115,7 @@ void StreamReactor::OnWriteDone(bool ok) {
   if (write) {
     StartWrite(&current_);
   } else if (finish.has_value()) {
+    Finishing(0);
     Finish(FinishStatus(context_, *finish));
   }
 }
@@ -131,6 +132,7 @@ void StreamReactor::OnEnd(const absl::Status& status) {
     }
     finished_ = true;
   }
+  Finishing(0);
   Finish(FinishStatus(context_, status));
 }
 
