@@ -305,6 +305,7 @@ void ControllerLoop::OnServing(uint64_t epoch, const plan::DeviceMapPlan& plan) 
   limits.max_batch_tokens = options_.coordinator.plan.max_batch_tokens;
   limits.max_batch_size = options_.coordinator.plan.max_batch_size;
   limits.max_queue = options_.max_queue;
+  limits.max_queue_tokens = options_.max_queue_tokens;
   scheduler_ = std::make_unique<Scheduler>(limits);
   if (lost_at_.has_value()) {
     metrics_.recovery_seconds.Observe(std::chrono::duration<double>(Now() - *lost_at_).count());

@@ -32,7 +32,8 @@ namespace sluice::controller {
 
 struct LoopOptions {
   CoordinatorOptions coordinator;
-  uint32_t max_queue = 64;  // Requests that wait for room
+  uint32_t max_queue = 64;             // Requests that wait for room
+  uint64_t max_queue_tokens = 262144;  // Of their prompts together
 };
 
 class ControllerLoop final : public WorkerListener,

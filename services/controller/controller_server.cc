@@ -61,9 +61,10 @@ absl::StatusOr<std::unique_ptr<ControllerServer>> ControllerServer::Start(
   server->loop_ = std::make_unique<ControllerLoop>(options.loop, &server->pipeline_,
                                                    [self](bool ready) { self->SetReady(ready); });
   server->attach_ = std::make_unique<AttachService>(server->loop_.get());
-  server->generation_ =
-      std::make_unique<GenerationService>(options.generation, server->loop_.get());
-  server->model_ = std::make_unique<ModelService>(server->loop_.get());
+  server->calls_ = std::make_unique<ClientCalls>(options.clients);
+  server->generation_ = std::make_unique<GenerationService>(options.generation, server->loop_.get(),
+                                                            server->calls_.get());
+  server->model_ = std::make_unique<ModelService>(server->loop_.get(), server->calls_.get());
   server->admin_ = std::make_unique<AdminService>(server->loop_.get());
   if (absl::Status status = server->StartListeners(options); !status.ok()) {
     return status;
@@ -107,6 +108,7 @@ absl::Status ControllerServer::StartListeners(const ControllerOptions& options) 
   clients.ready_names = {v1::GenerationService::service_full_name(),
                          v1::ModelService::service_full_name()};
   clients.age_grace_ms = static_cast<int>(options.generation.longest_request.count());
+  clients.guard = options.http2_guard;
   auto public_server =
       Listen(options.listen, clients, {generation_.get(), model_.get()}, &public_address_);
   if (!public_server.ok()) {
@@ -115,6 +117,7 @@ absl::Status ControllerServer::StartListeners(const ControllerOptions& options) 
   public_server_ = *std::move(public_server);
 
   rpc::ServerOptions admin = clients;
+  admin.guard = false;
   admin.ready_names = {v1::AdminService::service_full_name(),
                        v1::ModelService::service_full_name()};
   auto admin_server =

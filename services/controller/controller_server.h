@@ -22,8 +22,10 @@ namespace sluice::controller {
 struct ControllerOptions {
   LoopOptions loop;  // controller_address and host_id are filled in at the start
   GenerationOptions generation;
-  std::string model_name;                          // Empty: from the loader
-  std::string listen = "127.0.0.1:7500";           // Public: GenerationService, ModelService
+  ClientLimits clients;
+  bool http2_guard = true;                // rpc::FrameGuard in front of the public listener
+  std::string model_name;                 // Empty: from the loader
+  std::string listen = "127.0.0.1:7500";  // Public: GenerationService, ModelService
   std::string internal_listen = "127.0.0.1:7501";  // Workers
   std::string admin_listen = "127.0.0.1:7502";     // AdminService, ModelService
   std::string metrics_listen;                      // Prometheus; empty: nobody
@@ -55,6 +57,7 @@ class ControllerServer {
 
   PipelineClient pipeline_;
   std::unique_ptr<ControllerLoop> loop_;
+  std::unique_ptr<ClientCalls> calls_;
   std::unique_ptr<AttachService> attach_;
   std::unique_ptr<GenerationService> generation_;
   std::unique_ptr<ModelService> model_;

@@ -3,21 +3,9 @@
 #include <algorithm>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
 #include "services/controller/answer.h"
-#include "services/rpc/error_details.h"
-#include "services/rpc/grpc_status.h"
 
 namespace sluice::controller {
-
-grpc::Status FinishStatus(grpc::CallbackServerContext* context, const absl::Status& status) {
-  if (const auto retry = rpc::GetDetail<google::rpc::RetryInfo>(status); retry.has_value()) {
-    const int64_t ms =
-        retry->retry_delay().seconds() * 1000 + retry->retry_delay().nanos() / 1000000;
-    context->AddTrailingMetadata("grpc-retry-pushback-ms", absl::StrCat(ms));
-  }
-  return rpc::ToGrpcStatus(status);
-}
 
 void CancelHook::Set(std::function<void()> function) {
   {
@@ -43,27 +31,36 @@ void CancelHook::Fire() {
 }
 
 void UnaryReactor::Begin(const std::string& model, uint32_t n) {
-  response_->set_model(model);
+  model_ = model;
   answers_.resize(n);
 }
 
 void UnaryReactor::OnMessage(v1::StreamGenerateResponse&& message) {
-  response_->set_request_id(message.request_id());
+  request_id_ = message.request_id();
   MergeMessage(std::move(message), &answers_[message.index()]);
 }
 
 void UnaryReactor::OnEnd(const absl::Status& status) {
   if (status.ok()) {
-    FillResponse();
+    *response_ = ToBytes(Whole());
   }
+  Finishing(response_->Length());
   Finish(FinishStatus(context_, status));
 }
 
-void UnaryReactor::FillResponse() {
-  v1::Usage* usage = response_->mutable_usage();
+void UnaryReactor::OnDone() {
+  Gone();
+  Release();
+}
+
+v1::GenerateResponse UnaryReactor::Whole() {
+  v1::GenerateResponse response;
+  response.set_request_id(request_id_);
+  response.set_model(model_);
+  v1::Usage* usage = response.mutable_usage();
   for (uint32_t i = 0; i < answers_.size(); ++i) {
     v1::StreamGenerateResponse& answer = answers_[i];
-    v1::Choice* choice = response_->add_choices();
+    v1::Choice* choice = response.add_choices();
     choice->set_index(i);
     choice->mutable_text()->swap(*answer.mutable_text());
     choice->mutable_token_ids()->Swap(answer.mutable_token_ids());
@@ -74,17 +71,14 @@ void UnaryReactor::FillResponse() {
     }
     usage->set_prompt_tokens(answer.usage().prompt_tokens());
     usage->set_completion_tokens(usage->completion_tokens() + answer.usage().completion_tokens());
-    if (!response_->has_timing() || answer.timing().decode_us() > response_->timing().decode_us()) {
-      *response_->mutable_timing() = answer.timing();
+    if (!response.has_timing() || answer.timing().decode_us() > response.timing().decode_us()) {
+      *response.mutable_timing() = answer.timing();
     }
   }
-  response_->mutable_prompt_token_ids()->Swap(answers_[0].mutable_prompt_token_ids());
-  response_->mutable_prompt_logprobs()->Swap(answers_[0].mutable_prompt_logprobs());
+  response.mutable_prompt_token_ids()->Swap(answers_[0].mutable_prompt_token_ids());
+  response.mutable_prompt_logprobs()->Swap(answers_[0].mutable_prompt_logprobs());
+  return response;
 }
-
-StreamReactor::StreamReactor(grpc::CallbackServerContext* context,
-                             std::function<void(StreamReactor*)> on_gone)
-    : context_(context), on_gone_(std::move(on_gone)) {}
 
 void StreamReactor::OnMessage(v1::StreamGenerateResponse&& message) {
   {
@@ -110,6 +104,7 @@ void StreamReactor::OnWriteDone(bool ok) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     writing_ = false;
+    WriteEnded();
     broken_ = broken_ || !ok;
     write = TakeNext();
     if (!write && status_.has_value() && !finished_) {
@@ -120,6 +115,7 @@ void StreamReactor::OnWriteDone(bool ok) {
   if (write) {
     StartWrite(&current_);
   } else if (finish.has_value()) {
+    Finishing(0);
     Finish(FinishStatus(context_, *finish));
   }
 }
@@ -136,6 +132,7 @@ void StreamReactor::OnEnd(const absl::Status& status) {
     }
     finished_ = true;
   }
+  Finishing(0);
   Finish(FinishStatus(context_, status));
 }
 
@@ -143,23 +140,16 @@ bool StreamReactor::TakeNext() {
   if (writing_ || broken_ || pending_.empty()) {
     return false;
   }
-  current_ = std::move(pending_.front());
+  current_ = ToBytes(pending_.front());
   pending_.erase(pending_.begin());
   writing_ = true;
-  write_began_ = std::chrono::steady_clock::now();
+  WriteBegan();
   return true;
 }
 
 void StreamReactor::OnDone() {
-  on_gone_(this);
+  Gone();
   Release();
-}
-
-void StreamReactor::CancelIfStalled(TimePoint before) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (writing_ && write_began_ < before) {
-    context_->TryCancel();
-  }
 }
 
 }  // namespace sluice::controller

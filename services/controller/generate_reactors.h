@@ -6,7 +6,6 @@
 #include <grpcpp/support/server_callback.h>
 
 #include <atomic>
-#include <chrono>
 #include <functional>
 #include <mutex>
 #include <optional>
@@ -14,12 +13,10 @@
 #include <vector>
 
 #include "proto/sluice/v1/generation.pb.h"
+#include "services/controller/client_calls.h"
 #include "services/controller/live_request.h"
 
 namespace sluice::controller {
-
-// Status for the client; RetryInfo also becomes the trailer that gRPC's own retry obeys.
-grpc::Status FinishStatus(grpc::CallbackServerContext* context, const absl::Status& status);
 
 // Ends a reactor when both of its users have released it: gRPC (OnDone) and the launcher.
 class TwoUsers {
@@ -44,11 +41,12 @@ class CancelHook {
   bool fired_ = false;
 };
 
-class UnaryReactor final : public grpc::ServerUnaryReactor, public ResponseSink {
+class UnaryReactor final : public grpc::ServerUnaryReactor, public ResponseSink, public ClientCall {
  public:
   // `response` belongs to gRPC and lives until OnDone.
-  UnaryReactor(grpc::CallbackServerContext* context, v1::GenerateResponse* response)
-      : context_(context), response_(response) {}
+  UnaryReactor(ClientCalls* calls, grpc::CallbackServerContext* context,
+               rpc::PeerLimits::Ticket ticket, grpc::ByteBuffer* response)
+      : ClientCall(calls, context, std::move(ticket)), response_(response) {}
   // Before the first message.
   void Begin(const std::string& model, uint32_t n);
   CancelHook& cancel_hook() { return cancel_hook_; }
@@ -60,26 +58,29 @@ class UnaryReactor final : public grpc::ServerUnaryReactor, public ResponseSink 
 
   void OnMessage(v1::StreamGenerateResponse&& message) override;
   void OnEnd(const absl::Status& status) override;
-  void OnDone() override { Release(); }
+  void OnDone() override;
   void OnCancel() override { cancel_hook_.Fire(); }
 
  private:
-  void FillResponse();
+  v1::GenerateResponse Whole();
 
-  grpc::CallbackServerContext* const context_;
-  v1::GenerateResponse* const response_;
+  grpc::ByteBuffer* const response_;
   CancelHook cancel_hook_;
   TwoUsers users_;
+  std::string model_;
+  std::string request_id_;
   std::vector<v1::StreamGenerateResponse> answers_;
 };
 
 // One Write is in flight at a time; what comes meanwhile is merged into one message for each
 // answer. So the memory of a slow reader is bounded by its own answer.
-class StreamReactor final : public grpc::ServerWriteReactor<v1::StreamGenerateResponse>,
-                            public ResponseSink {
+class StreamReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
+                            public ResponseSink,
+                            public ClientCall {
  public:
-  // `on_gone`: gRPC is done; called before the reactor is deleted.
-  StreamReactor(grpc::CallbackServerContext* context, std::function<void(StreamReactor*)> on_gone);
+  StreamReactor(ClientCalls* calls, grpc::CallbackServerContext* context,
+                rpc::PeerLimits::Ticket ticket)
+      : ClientCall(calls, context, std::move(ticket)) {}
   void Begin(const std::string& model, uint32_t n) {}
   CancelHook& cancel_hook() { return cancel_hook_; }
   void Release() {
@@ -94,26 +95,27 @@ class StreamReactor final : public grpc::ServerWriteReactor<v1::StreamGenerateRe
   void OnDone() override;
   void OnCancel() override { cancel_hook_.Fire(); }
 
-  // Ends the call when the write in flight was begun before `before`: the client does not read.
-  void CancelIfStalled(TimePoint before);
-
  private:
   // Takes the next message to write into current_. Called with the lock held.
   bool TakeNext();
 
-  grpc::CallbackServerContext* const context_;
-  const std::function<void(StreamReactor*)> on_gone_;
   CancelHook cancel_hook_;
   TwoUsers users_;
-  v1::StreamGenerateResponse current_;  // Of the write in flight
+  grpc::ByteBuffer current_;  // Of the write in flight
 
   std::mutex mutex_;                                 // Guards what follows
   std::vector<v1::StreamGenerateResponse> pending_;  // One an answer, in the order they came
   bool writing_ = false;
   bool broken_ = false;
   bool finished_ = false;
-  TimePoint write_began_{};
   std::optional<absl::Status> status_;  // From the sink: finish after the last write
+};
+
+// Ends a stream that was not admitted.
+class RefusedStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
+ public:
+  explicit RefusedStream(const grpc::Status& status) { Finish(status); }
+  void OnDone() override { delete this; }
 };
 
 }  // namespace sluice::controller

@@ -6,8 +6,6 @@
 
 #include "services/controller/request_validation.h"
 #include "services/rpc/error_details.h"
-#include "services/rpc/grpc_status.h"
-#include "services/rpc/log.h"
 
 namespace sluice::controller {
 namespace {
@@ -15,20 +13,14 @@ namespace {
 constexpr int64_t kRetryMs = 1000;
 constexpr int kMaxDetokenizeIds = 1000000;
 constexpr size_t kLongPromptBytes = 32 * 1024;  // About 1 ms of tokenizing
-constexpr std::chrono::seconds kWatchEvery{1};
+constexpr int kChatOfGenerate = 4;              // Numbers of the fields chat_messages
+constexpr int kChatOfTokenize = 3;
 
 absl::Status NotServing(const std::string& message) {
   absl::Status status = absl::UnavailableError(message);
   rpc::AttachErrorInfo("NOT_SERVING", {}, &status);
   rpc::AttachRetryInfo(kRetryMs, &status);
   return status;
-}
-
-grpc::ServerUnaryReactor* FinishNow(grpc::CallbackServerContext* context,
-                                    const absl::Status& status) {
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(FinishStatus(context, status));
-  return reactor;
 }
 
 absl::Status FillTokens(const v1::TokenizeRequest& request, const ServedModel& model,
@@ -77,20 +69,8 @@ absl::Status FillText(const v1::DetokenizeRequest& request, const ServedModel& m
 
 }  // namespace
 
-GenerationService::GenerationService(const GenerationOptions& options, ControllerLoop* loop)
-    : options_(options), loop_(loop), watcher_([this] { WatchStreams(); }) {}
-
-GenerationService::~GenerationService() {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
-  }
-  wake_.notify_one();
-  watcher_.join();
-}
-
 absl::StatusOr<GenerationRequest> GenerationService::Prepare(grpc::CallbackServerContext* context,
-                                                             const v1::GenerateRequest& request) {
+                                                             const grpc::ByteBuffer& bytes) {
   const auto arrival = std::chrono::steady_clock::now();
   const auto left = context->deadline() - std::chrono::system_clock::now();
   if (left <= std::chrono::nanoseconds(0)) {
@@ -99,6 +79,10 @@ absl::StatusOr<GenerationRequest> GenerationService::Prepare(grpc::CallbackServe
   const std::shared_ptr<const ServedModel> model = loop_->model();
   if (model == nullptr || loop_->max_model_len() == 0) {
     return NotServing("the model is still being loaded");
+  }
+  v1::GenerateRequest request;  // Of StreamGenerate too: same fields under the same numbers
+  if (absl::Status status = ParseRequest(bytes, kChatOfGenerate, &request); !status.ok()) {
+    return status;
   }
   auto prepared = PrepareRequest(request, *model, loop_->max_model_len());
   if (prepared.ok()) {
@@ -110,11 +94,11 @@ absl::StatusOr<GenerationRequest> GenerationService::Prepare(grpc::CallbackServe
 }
 
 template <typename Reactor>
-void GenerationService::Launch(grpc::CallbackServerContext* context, v1::GenerateRequest request,
+void GenerationService::Launch(grpc::CallbackServerContext* context, const grpc::ByteBuffer& bytes,
                                Reactor* reactor) {
-  const bool is_long = request.ByteSizeLong() > kLongPromptBytes;
-  auto launch = [this, context, reactor, request = std::move(request)] {
-    auto prepared = Prepare(context, request);
+  auto launch = [this, context, reactor, bytes] {
+    auto prepared = context->IsCancelled() ? absl::CancelledError("the client has gone")
+                                           : Prepare(context, bytes);
     if (prepared.ok()) {
       reactor->Begin(loop_->model()->name, prepared->spec.n);
       const uint64_t handle = loop_->NewHandle();
@@ -127,7 +111,7 @@ void GenerationService::Launch(grpc::CallbackServerContext* context, v1::Generat
     }
     reactor->Release();
   };
-  if (is_long) {
+  if (bytes.Length() > kLongPromptBytes) {
     long_prompts_.Post(std::move(launch));
   } else {
     launch();
@@ -135,83 +119,93 @@ void GenerationService::Launch(grpc::CallbackServerContext* context, v1::Generat
 }
 
 grpc::ServerUnaryReactor* GenerationService::Generate(grpc::CallbackServerContext* context,
-                                                      const v1::GenerateRequest* request,
-                                                      v1::GenerateResponse* response) {
-  auto* reactor = new UnaryReactor(context, response);
+                                                      const grpc::ByteBuffer* request,
+                                                      grpc::ByteBuffer* response) {
+  auto ticket = calls_->Admit(*context, *request);
+  if (!ticket.ok()) {
+    loop_->metrics().Refused(ticket.status());
+    return Refuse(context, ticket.status());
+  }
+  auto* reactor = new UnaryReactor(calls_, context, *std::move(ticket), response);
   Launch(context, *request, reactor);
   return reactor;
 }
 
-grpc::ServerWriteReactor<v1::StreamGenerateResponse>* GenerationService::StreamGenerate(
-    grpc::CallbackServerContext* context, const v1::StreamGenerateRequest* request) {
-  auto* reactor = new StreamReactor(context, [this](StreamReactor* gone) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    streams_.erase(gone);
-  });
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    streams_.insert(reactor);
+grpc::ServerWriteReactor<grpc::ByteBuffer>* GenerationService::StreamGenerate(
+    grpc::CallbackServerContext* context, const grpc::ByteBuffer* request) {
+  auto ticket = calls_->Admit(*context, *request);
+  if (!ticket.ok()) {
+    loop_->metrics().Refused(ticket.status());
+    return new RefusedStream(FinishStatus(context, ticket.status()));
   }
-  v1::GenerateRequest same;  // Same fields under the same numbers
-  if (!same.ParseFromString(request->SerializeAsString())) {
-    reactor->OnEnd(absl::InternalError("StreamGenerateRequest is not GenerateRequest"));
-    reactor->Release();
-    return reactor;
-  }
-  Launch(context, std::move(same), reactor);
+  auto* reactor = new StreamReactor(calls_, context, *std::move(ticket));
+  Launch(context, *request, reactor);
   return reactor;
 }
 
-grpc::ServerUnaryReactor* GenerationService::Tokenize(grpc::CallbackServerContext* context,
-                                                      const v1::TokenizeRequest* request,
-                                                      v1::TokenizeResponse* response) {
+void GenerationService::Tokens(const v1::TokenizeRequest& request, ReplyReactor* reactor) {
+  v1::TokenizeResponse response;
   const std::shared_ptr<const ServedModel> model = loop_->model();
   if (model == nullptr) {
-    return FinishNow(context, NotServing("the loader has not described the model yet"));
+    reactor->Reply(NotServing("the loader has not described the model yet"), response);
+    return;
   }
   const uint32_t served = loop_->max_model_len();
   const uint32_t max_model_len =
       served > 0 ? served : model->shards.config().max_position_embeddings();
-  return FinishNow(context, FillTokens(*request, *model, max_model_len, response));
+  const absl::Status status = FillTokens(request, *model, max_model_len, &response);
+  reactor->Reply(status, response);
+}
+
+grpc::ServerUnaryReactor* GenerationService::Tokenize(grpc::CallbackServerContext* context,
+                                                      const grpc::ByteBuffer* request,
+                                                      grpc::ByteBuffer* response) {
+  return HandleUnary<v1::TokenizeRequest>(
+      calls_, context, *request, response, kChatOfTokenize,
+      [this](const v1::TokenizeRequest& parsed, ReplyReactor* reactor) {
+        if (parsed.ByteSizeLong() > kLongPromptBytes) {
+          long_prompts_.Post([this, parsed, reactor] { Tokens(parsed, reactor); });
+        } else {
+          Tokens(parsed, reactor);
+        }
+      });
 }
 
 grpc::ServerUnaryReactor* GenerationService::Detokenize(grpc::CallbackServerContext* context,
-                                                        const v1::DetokenizeRequest* request,
-                                                        v1::DetokenizeResponse* response) {
-  const std::shared_ptr<const ServedModel> model = loop_->model();
-  if (model == nullptr) {
-    return FinishNow(context, NotServing("the loader has not described the model yet"));
-  }
-  return FinishNow(context, FillText(*request, *model, response));
+                                                        const grpc::ByteBuffer* request,
+                                                        grpc::ByteBuffer* response) {
+  return HandleUnary<v1::DetokenizeRequest>(
+      calls_, context, *request, response, 0,
+      [this](const v1::DetokenizeRequest& parsed, ReplyReactor* reactor) {
+        v1::DetokenizeResponse text;
+        const std::shared_ptr<const ServedModel> model = loop_->model();
+        const absl::Status status = model == nullptr
+                                        ? NotServing("the loader has not described the model yet")
+                                        : FillText(parsed, *model, &text);
+        reactor->Reply(status, text);
+      });
 }
 
 grpc::ServerUnaryReactor* GenerationService::CancelRequest(grpc::CallbackServerContext* context,
-                                                           const v1::CancelRequestRequest* request,
-                                                           v1::CancelRequestResponse* response) {
-  if (request->request_id().empty()) {
-    return FinishNow(context, rpc::FieldError("request_id", "must not be empty"));
-  }
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  const std::string request_id = request->request_id().substr(0, 128);
-  loop_->CancelById(request_id, [context, reactor, request_id](bool found) {
-    absl::Status status;
-    if (!found) {
-      status = absl::NotFoundError("request_id: no live request has this id");
-      rpc::AttachResourceInfo("request", request_id, &status);
-    }
-    reactor->Finish(FinishStatus(context, status));
-  });
-  return reactor;
-}
-
-void GenerationService::WatchStreams() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  while (!wake_.wait_for(lock, kWatchEvery, [this] { return stop_; })) {
-    const TimePoint before = std::chrono::steady_clock::now() - options_.stalled_write;
-    for (StreamReactor* stream : streams_) {
-      stream->CancelIfStalled(before);
-    }
-  }
+                                                           const grpc::ByteBuffer* request,
+                                                           grpc::ByteBuffer* response) {
+  return HandleUnary<v1::CancelRequestRequest>(
+      calls_, context, *request, response, 0,
+      [this](const v1::CancelRequestRequest& parsed, ReplyReactor* reactor) {
+        const std::string request_id = parsed.request_id();
+        if (absl::Status status = CheckRequestId(request_id); !status.ok()) {
+          reactor->Reply(status, v1::CancelRequestResponse());
+          return;
+        }
+        loop_->CancelById(request_id, [reactor, request_id](bool found) {
+          absl::Status status;
+          if (!found) {
+            status = absl::NotFoundError("request_id: no live request has this id");
+            rpc::AttachResourceInfo("request", request_id, &status);
+          }
+          reactor->Reply(status, v1::CancelRequestResponse());
+        });
+      });
 }
 
 }  // namespace sluice::controller

@@ -25,6 +25,8 @@ struct Flags {
   std::string dtype = "auto";
   int longest_request_ms = 10 * 60 * 1000;
   int drain_ms = 5000;
+  int write_deadline_ms = 30 * 1000;
+  uint32_t max_request_mib_per_peer = 64;
   rpc::ProcessFlags process;
 };
 
@@ -73,12 +75,35 @@ void AddServingFlags(CLI::App& app, Flags* flags) {
   rpc::AddFlag(app, "max-queue", &flags->controller.loop.max_queue,
                "Requests that may wait for room; more are refused with RESOURCE_EXHAUSTED")
       ->check(CLI::Range(0, 100000));
+  rpc::AddFlag(app, "max-queue-tokens", &flags->controller.loop.max_queue_tokens,
+               "Prompt tokens of the requests that may wait; more are refused likewise")
+      ->check(CLI::Range(1, 1 << 30));
+  rpc::AddFlag(app, "max-requests-per-peer", &flags->controller.clients.peer.calls,
+               "Calls of one client address in flight; more get RESOURCE_EXHAUSTED before any work")
+      ->check(CLI::Range(1, 1000000));
+  rpc::AddFlag(app, "max-request-mib-per-peer", &flags->max_request_mib_per_peer,
+               "Size of the requests in flight of one client address, MiB; of all: four times that")
+      ->check(CLI::Range(4, 65536));
+  rpc::AddFlag(app, "http2-guard", &flags->controller.http2_guard,
+               "Bound connections, streams and resets of clients before gRPC sees them; false: a "
+               "proxy in front does");
+  rpc::AddFlag(app, "write-deadline-ms", &flags->write_deadline_ms,
+               "A call whose client takes nothing of its answer for so long is ended")
+      ->check(CLI::Range(100, 3600 * 1000));
   rpc::AddFlag(app, "longest-request-ms", &flags->longest_request_ms,
                "Deadline of requests that have none, and the longest one accepted")
       ->check(CLI::Range(1, 24 * 3600 * 1000));
   rpc::AddFlag(app, "drain-ms", &flags->drain_ms, "How long SIGTERM waits for live requests")
       ->check(CLI::Range(0, 3600 * 1000));
   rpc::AddProcessFlags(app, &flags->process);
+}
+
+void TakeServingFlags(Flags* flags) {
+  ControllerOptions& options = flags->controller;
+  options.generation.longest_request = std::chrono::milliseconds(flags->longest_request_ms);
+  options.clients.stalled_write = std::chrono::milliseconds(flags->write_deadline_ms);
+  options.clients.peer.bytes = uint64_t{flags->max_request_mib_per_peer} << 20;
+  options.clients.peer.total_bytes = 4 * options.clients.peer.bytes;
 }
 
 absl::Status ParseModelFlags(Flags* flags) {
@@ -103,8 +128,6 @@ absl::Status ParseModelFlags(Flags* flags) {
         absl::StrCat("--dtype ", flags->dtype,
                      " is not supported: CPU workers compute in float32; write auto or float32"));
   }
-  flags->controller.generation.longest_request =
-      std::chrono::milliseconds(flags->longest_request_ms);
   return absl::OkStatus();
 }
 
@@ -128,6 +151,7 @@ absl::Status Serve(Flags* flags) {
   if (absl::Status status = ParseModelFlags(flags); !status.ok()) {
     return status;
   }
+  TakeServingFlags(flags);
   auto server = ControllerServer::Start(flags->controller);
   if (!server.ok()) {
     return server.status();

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "services/controller/device_map_view.h"
-#include "services/controller/generate_reactors.h"
 #include "services/controller/request_validation.h"
 #include "services/rpc/error_details.h"
 
@@ -13,13 +12,6 @@ namespace {
 
 constexpr int64_t kRetryMs = 1000;
 constexpr size_t kMaxMapEntries = 10000;
-
-grpc::ServerUnaryReactor* FinishNow(grpc::CallbackServerContext* context,
-                                    const absl::Status& status) {
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(FinishStatus(context, status));
-  return reactor;
-}
 
 absl::Status NotDescribed() {
   absl::Status status = absl::UnavailableError("the loader has not described the model yet");
@@ -60,6 +52,13 @@ plan::PlanOptions ToOptions(const v1::PlanDeviceMapRequest& request, plan::PlanO
   return options;
 }
 
+// What the request says, else what the workers have.
+plan::MaxMemory LimitsOf(const v1::PlanDeviceMapRequest& request, const plan::MaxMemory& workers) {
+  return request.max_memory().empty()
+             ? workers
+             : plan::MaxMemory(request.max_memory().begin(), request.max_memory().end());
+}
+
 absl::Status CheckRequest(const v1::PlanDeviceMapRequest& request) {
   if (request.max_memory().size() > 1024) {
     return rpc::FieldError("max_memory", "must name at most 1024 devices");
@@ -84,61 +83,81 @@ absl::Status CheckRequest(const v1::PlanDeviceMapRequest& request) {
 }  // namespace
 
 grpc::ServerUnaryReactor* ModelService::ListModels(grpc::CallbackServerContext* context,
-                                                   const v1::ListModelsRequest* request,
-                                                   v1::ListModelsResponse* response) {
-  if (const auto model = loop_->model()) {
-    *response->add_models() = ToModel(*model, loop_->model_state(), loop_->max_model_len());
-  }
-  return FinishNow(context, absl::OkStatus());
+                                                   const grpc::ByteBuffer* request,
+                                                   grpc::ByteBuffer* response) {
+  return HandleUnary<v1::ListModelsRequest>(
+      calls_, context, *request, response, 0,
+      [this](const v1::ListModelsRequest& parsed, ReplyReactor* reactor) {
+        v1::ListModelsResponse list;
+        if (const auto model = loop_->model()) {
+          *list.add_models() = ToModel(*model, loop_->model_state(), loop_->max_model_len());
+        }
+        reactor->Reply(absl::OkStatus(), list);
+      });
 }
 
-grpc::ServerUnaryReactor* ModelService::GetModel(grpc::CallbackServerContext* context,
-                                                 const v1::GetModelRequest* request,
-                                                 v1::GetModelResponse* response) {
-  if (request->name().empty()) {
-    return FinishNow(context, rpc::FieldError("name", "must not be empty"));
+absl::Status ModelService::Describe(const std::string& name, v1::GetModelResponse* response) const {
+  if (name.empty()) {
+    return rpc::FieldError("name", "must not be empty");
   }
   const auto model = loop_->model();
   if (model == nullptr) {
     absl::Status status = absl::NotFoundError("name: no model has been described yet");
-    rpc::AttachResourceInfo("model", request->name().substr(0, 64), &status);
-    return FinishNow(context, status);
+    rpc::AttachResourceInfo("model", "", &status);
+    return status;
   }
-  if (absl::Status status = CheckModelName(request->name(), *model); !status.ok()) {
-    return FinishNow(context, status);
+  if (absl::Status status = CheckModelName(name, *model); !status.ok()) {
+    return status;
   }
   *response->mutable_model() = ToModel(*model, loop_->model_state(), loop_->max_model_len());
-  return FinishNow(context, absl::OkStatus());
+  return absl::OkStatus();
+}
+
+grpc::ServerUnaryReactor* ModelService::GetModel(grpc::CallbackServerContext* context,
+                                                 const grpc::ByteBuffer* request,
+                                                 grpc::ByteBuffer* response) {
+  return HandleUnary<v1::GetModelRequest>(
+      calls_, context, *request, response, 0,
+      [this](const v1::GetModelRequest& parsed, ReplyReactor* reactor) {
+        v1::GetModelResponse described;
+        const absl::Status status = Describe(parsed.name(), &described);
+        reactor->Reply(status, described);
+      });
+}
+
+void ModelService::Plan(const v1::PlanDeviceMapRequest& request, ReplyReactor* reactor) {
+  const auto model = loop_->model();
+  absl::Status status = model == nullptr ? NotDescribed() : CheckModelName(request.model(), *model);
+  if (status.ok()) {
+    status = CheckRequest(request);
+  }
+  if (!status.ok()) {
+    reactor->Reply(status, v1::PlanDeviceMapResponse());
+    return;
+  }
+  loop_->GetPlanning(
+      [this, reactor, model, request](const plan::MaxMemory& limits, plan::PlanOptions options) {
+        options = ToOptions(request, std::move(options));
+        planning_.Post([reactor, model, request, limits, options] {
+          v1::PlanDeviceMapResponse response;
+          auto planned = plan::PlanDeviceMap(model->shards, LimitsOf(request, limits), options);
+          if (planned.ok()) {
+            *response.mutable_device_map() = ToDeviceMap(*planned, options.block_size);
+            response.set_text(plan::ToText(*planned));
+          }
+          reactor->Reply(planned.status(), response);
+        });
+      });
 }
 
 grpc::ServerUnaryReactor* ModelService::PlanDeviceMap(grpc::CallbackServerContext* context,
-                                                      const v1::PlanDeviceMapRequest* request,
-                                                      v1::PlanDeviceMapResponse* response) {
-  const auto model = loop_->model();
-  if (model == nullptr) {
-    return FinishNow(context, NotDescribed());
-  }
-  if (absl::Status status = CheckModelName(request->model(), *model); !status.ok()) {
-    return FinishNow(context, status);
-  }
-  if (absl::Status status = CheckRequest(*request); !status.ok()) {
-    return FinishNow(context, status);
-  }
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  loop_->GetPlanning([context, reactor, model, request = *request, response](
-                         plan::MaxMemory limits, plan::PlanOptions options) {
-    if (!request.max_memory().empty()) {
-      limits = plan::MaxMemory(request.max_memory().begin(), request.max_memory().end());
-    }
-    options = ToOptions(request, std::move(options));
-    auto planned = plan::PlanDeviceMap(model->shards, limits, options);
-    if (planned.ok()) {
-      *response->mutable_device_map() = ToDeviceMap(*planned, options.block_size);
-      response->set_text(plan::ToText(*planned));
-    }
-    reactor->Finish(FinishStatus(context, planned.status()));
-  });
-  return reactor;
+                                                      const grpc::ByteBuffer* request,
+                                                      grpc::ByteBuffer* response) {
+  return HandleUnary<v1::PlanDeviceMapRequest>(
+      calls_, context, *request, response, 0,
+      [this](const v1::PlanDeviceMapRequest& parsed, ReplyReactor* reactor) {
+        Plan(parsed, reactor);
+      });
 }
 
 }  // namespace sluice::controller

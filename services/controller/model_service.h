@@ -2,27 +2,39 @@
 #pragma once
 
 #include "proto/sluice/v1/model.grpc.pb.h"
+#include "services/controller/client_calls.h"
 #include "services/controller/controller_loop.h"
+#include "services/controller/task_thread.h"
 
 namespace sluice::controller {
 
-class ModelService final : public v1::ModelService::CallbackService {
+// Requests come as bytes, as those of GenerationService.
+using RawModelService = v1::ModelService::WithRawCallbackMethod_ListModels<
+    v1::ModelService::WithRawCallbackMethod_GetModel<
+        v1::ModelService::WithRawCallbackMethod_PlanDeviceMap<v1::ModelService::Service>>>;
+
+class ModelService final : public RawModelService {
  public:
-  // `loop` must outlive the service.
-  explicit ModelService(ControllerLoop* loop) : loop_(loop) {}
+  // `loop` and `calls` must outlive the service.
+  ModelService(ControllerLoop* loop, ClientCalls* calls) : loop_(loop), calls_(calls) {}
 
   grpc::ServerUnaryReactor* ListModels(grpc::CallbackServerContext* context,
-                                       const v1::ListModelsRequest* request,
-                                       v1::ListModelsResponse* response) override;
+                                       const grpc::ByteBuffer* request,
+                                       grpc::ByteBuffer* response) override;
   grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* context,
-                                     const v1::GetModelRequest* request,
-                                     v1::GetModelResponse* response) override;
+                                     const grpc::ByteBuffer* request,
+                                     grpc::ByteBuffer* response) override;
   grpc::ServerUnaryReactor* PlanDeviceMap(grpc::CallbackServerContext* context,
-                                          const v1::PlanDeviceMapRequest* request,
-                                          v1::PlanDeviceMapResponse* response) override;
+                                          const grpc::ByteBuffer* request,
+                                          grpc::ByteBuffer* response) override;
 
  private:
+  absl::Status Describe(const std::string& name, v1::GetModelResponse* response) const;
+  void Plan(const v1::PlanDeviceMapRequest& request, ReplyReactor* reactor);
+
   ControllerLoop* const loop_;
+  ClientCalls* const calls_;
+  TaskThread planning_;  // A large what-if question must not hold up the loop
 };
 
 }  // namespace sluice::controller

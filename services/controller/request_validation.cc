@@ -113,6 +113,8 @@ void CheckPromptShape(const GenerateRequest& request, Violations* violations) {
   }
 }
 
+constexpr char kRequestIdRule[] = "must be at most 128 characters of [A-Za-z0-9._:-]";
+
 bool IsRequestId(const std::string& id) {
   return id.size() <= 128 && id.find_first_not_of(
                                  "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -207,8 +209,16 @@ absl::Status CheckModelName(const std::string& name, const ServedModel& model) {
   }
   absl::Status status = absl::NotFoundError(
       absl::StrCat("model: this server serves \"", model.name, "\"; ListModels lists it"));
-  rpc::AttachResourceInfo("model", name.substr(0, 64), &status);
+  // A client's own words come back only when they can be a name.
+  rpc::AttachResourceInfo("model", IsRequestId(name) ? name : "", &status);
   return status;
+}
+
+absl::Status CheckRequestId(const std::string& id) {
+  if (id.empty()) {
+    return rpc::FieldError("request_id", "must not be empty");
+  }
+  return IsRequestId(id) ? absl::OkStatus() : rpc::FieldError("request_id", kRequestIdRule);
 }
 
 absl::Status ValidateRequest(const GenerateRequest& request, const ServedModel& model,
@@ -220,8 +230,7 @@ absl::Status ValidateRequest(const GenerateRequest& request, const ServedModel& 
   CheckPromptShape(request, &violations);
   CheckNumbers(request, max_model_len, &violations);
   CheckStops(request, model.shards.config().vocab_size(), &violations);
-  violations.Check(IsRequestId(request.request_id()), "request_id",
-                   "must be at most 128 characters of [A-Za-z0-9._:-]");
+  violations.Check(IsRequestId(request.request_id()), "request_id", kRequestIdRule);
   return violations.status();
 }
 

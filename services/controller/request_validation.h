@@ -21,6 +21,9 @@ inline constexpr int32_t kMaxLogprobs = 20;
 // NOT_FOUND with ResourceInfo when `name` is neither empty nor the served model's.
 absl::Status CheckModelName(const std::string& name, const ServedModel& model);
 
+// INVALID_ARGUMENT: empty, or not of the form that request ids have.
+absl::Status CheckRequestId(const std::string& id);
+
 // INVALID_ARGUMENT with one field violation per bad field; also true for NaN. Looks at no content
 // of the prompt.
 absl::Status ValidateRequest(const v1::GenerateRequest& request, const ServedModel& model,

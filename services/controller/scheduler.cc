@@ -45,11 +45,11 @@ uint32_t BlocksNeeded(const RequestSpec& spec, uint32_t block_size) {
   return static_cast<uint32_t>((tokens + block_size - 1) / block_size);
 }
 
-absl::Status QueueFull(uint32_t limit) {
+absl::Status QueueFull(uint64_t limit, const char* unit) {
   absl::Status status = absl::ResourceExhaustedError(
-      absl::StrCat("the queue is full (", limit, " requests wait): try again later"));
+      absl::StrCat("the queue is full (", limit, " ", unit, " may wait): try again later"));
   rpc::AttachRetryInfo(kRetryMs, &status);
-  rpc::AttachQuotaFailure("queue", absl::StrCat(limit, " requests may wait"), &status);
+  rpc::AttachQuotaFailure("queue", absl::StrCat(limit, " ", unit, " may wait"), &status);
   return status;
 }
 
@@ -95,10 +95,15 @@ absl::Status Scheduler::Submit(TimePoint now, uint64_t handle, RequestSpec spec)
   }
   request.live = request.waiting = request.spec.n;
   ++waiting_requests_;
+  waiting_tokens_ += request.spec.prompt.size();
   Admit();
   if (request.waiting > 0 && waiting_requests_ > limits_.max_queue) {
     RemoveRequest(handle);
-    return QueueFull(limits_.max_queue);
+    return QueueFull(limits_.max_queue, "requests");
+  }
+  if (request.waiting > 0 && waiting_requests_ > 1 && waiting_tokens_ > limits_.max_queue_tokens) {
+    RemoveRequest(handle);
+    return QueueFull(limits_.max_queue_tokens, "prompt tokens");
   }
   return absl::OkStatus();
 }
@@ -123,9 +128,15 @@ void Scheduler::Admit() {
     by_seq_id_[sequence->seq_id] = sequence;
     prefilling_.push_back(sequence);
     Request& request = requests_.at(sequence->handle);
-    if (--request.waiting == 0) {
-      --waiting_requests_;
-    }
+    StopsWaiting(&request);
+  }
+}
+
+// One sequence of the request fewer waits.
+void Scheduler::StopsWaiting(Request* request) {
+  if (--request->waiting == 0) {
+    --waiting_requests_;
+    waiting_tokens_ -= request->spec.prompt.size();
   }
 }
 
@@ -139,9 +150,7 @@ void Scheduler::End(Sequence* sequence) {
   --request.live;
   if (sequence->seq_id == 0) {
     EraseValue(&waiting_, sequence);
-    if (--request.waiting == 0) {
-      --waiting_requests_;
-    }
+    StopsWaiting(&request);
     return;
   }
   SLUICE_FAULT_POINT("controller.before_release");

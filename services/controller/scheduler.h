@@ -39,10 +39,11 @@ struct SchedulerLimits {
   uint64_t epoch = 1;
   uint32_t stages = 1;
   uint32_t num_blocks = 0;
-  uint32_t block_size = 32;         // Tokens
-  uint32_t max_batch_tokens = 512;  // Rows of a step, decodes and chunks
-  uint32_t max_batch_size = 16;     // Sequences that run at once; cut to max_batch_tokens
-  uint32_t max_queue = 64;          // Requests that wait for room
+  uint32_t block_size = 32;                // Tokens
+  uint32_t max_batch_tokens = 512;         // Rows of a step, decodes and chunks
+  uint32_t max_batch_size = 16;            // Sequences that run at once; cut to max_batch_tokens
+  uint32_t max_queue = 64;                 // Requests that wait for room
+  uint64_t max_queue_tokens = UINT64_MAX;  // Of their prompts; one request always may wait
 };
 
 // Something that happened to a request. Of one answer: any number of kToken, then one kDone; or, of
@@ -73,7 +74,7 @@ class Scheduler {
   ~Scheduler();
 
   // Takes a request under a handle that was never used before. RESOURCE_EXHAUSTED: the queue is
-  // full (RetryInfo, QuotaFailure), or the request needs more blocks than there are (no RetryInfo).
+  // full, by requests or by tokens (RetryInfo, QuotaFailure), or the request needs more blocks than there are (no RetryInfo).
   // DEADLINE_EXCEEDED: it has passed. After an error the request is not here.
   absl::Status Submit(TimePoint now, uint64_t handle, RequestSpec spec);
 
@@ -137,6 +138,7 @@ class Scheduler {
   // Adds an event; the reference is valid until the next.
   SchedulerEvent& Emit(SchedulerEvent::Kind kind, uint64_t handle, uint32_t choice = 0);
   void Admit();
+  void StopsWaiting(Request* request);
   void End(Sequence* sequence);
   void RemoveRequest(uint64_t handle);
   void FailRequest(uint64_t handle, const absl::Status& status);
@@ -163,6 +165,7 @@ class Scheduler {
   uint64_t next_seq_id_ = 1;
   uint64_t steps_ = 0;
   uint32_t waiting_requests_ = 0;
+  uint64_t waiting_tokens_ = 0;  // Of their prompts
   TimePoint last_frame_{};
   std::vector<double> durations_us_;  // Of the last steps, a ring
   std::vector<double> row_us_;        // The same by row

@@ -1,10 +1,13 @@
 #include "services/rpc/log.h"
 
+#include <google/protobuf/stubs/common.h>
+#include <google/protobuf/stubs/logging.h>
 #include <grpc/support/log.h>
 #include <grpcpp/version_info.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -13,6 +16,8 @@
 
 namespace sluice::rpc {
 namespace {
+
+constexpr int kComplaintsPerSecond = 10;
 
 std::string& Program() {
   static auto* program = new std::string("sluice");
@@ -105,15 +110,34 @@ void Write(spdlog::level::level_enum level, const char* name, const char* event,
   }
 }
 
-// gRPC's own messages become lines of ours, so that stderr holds nothing but JSON.
-void TakeGrpcLog() {
+// A client can make gRPC and protobuf complain as often as it likes: a few lines a second are kept.
+bool MayComplain() {
+  static std::atomic<int64_t> second{0};
+  static std::atomic<int> lines{0};
+  const int64_t now = std::chrono::duration_cast<std::chrono::seconds>(
+                          std::chrono::steady_clock::now().time_since_epoch())
+                          .count();
+  if (second.exchange(now) != now) {
+    lines = 0;
+  }
+  return ++lines <= kComplaintsPerSecond;
+}
+
+// Messages of gRPC and protobuf become lines of ours, so that stderr holds nothing but JSON.
+void TakeOthersLogs() {
 #if GRPC_CPP_VERSION_MAJOR == 1 && GRPC_CPP_VERSION_MINOR < 65  // Newer ones log through Abseil
   gpr_set_log_function([](gpr_log_func_args* args) {
-    if (args->severity == GPR_LOG_SEVERITY_ERROR) {
+    if (args->severity == GPR_LOG_SEVERITY_ERROR && MayComplain()) {
       LogWarning("grpc", {{"message", args->message}});
     } else {
       LogDebug("grpc", {{"message", args->message}});
     }
+  });
+#endif
+#if GOOGLE_PROTOBUF_VERSION < 4000000  // The same
+  google::protobuf::SetLogHandler([](google::protobuf::LogLevel level, const char* file, int line,
+                                     const std::string& text) {
+    LogDebug("protobuf", {{"message", text}});  // That a message was bad: its sender hears of it
   });
 #endif
 }
@@ -152,7 +176,7 @@ absl::Status InitLog(const std::string& program, const std::string& level) {
                                       "\" is none of debug, info, warning, error");
   }
   Program() = program;
-  TakeGrpcLog();
+  TakeOthersLogs();
   Logger().set_level(parsed);
   return absl::OkStatus();
 }

@@ -62,7 +62,35 @@ void SetConnections(const ServerOptions& options, grpc::ServerBuilder* builder) 
   }
 }
 
+bool IsUnix(const std::string& address) { return address.rfind("unix:", 0) == 0; }
+
+bool IsGuarded(const ServerOptions& options, const std::string& address) {
+  return options.guard && !IsUnix(address);
+}
+
 }  // namespace
+
+absl::Status ServerRunner::StartGuards(const ServerOptions& options) {
+  for (size_t i = 0; i < options.addresses.size(); ++i) {
+    if (!IsGuarded(options, options.addresses[i])) {
+      continue;
+    }
+    GuardOptions guard = options.guard_options;
+    guard.address = options.addresses[i];
+    guard.frames.max_streams = static_cast<uint32_t>(options.max_concurrent_streams);
+    auto started = FrameGuard::Start(guard, [acceptor = acceptor_](int fd) {
+      grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters connection;
+      connection.fd = fd;
+      acceptor->HandleNewConnection(&connection);
+    });
+    if (!started.ok()) {
+      return started.status();
+    }
+    ports_[i] = (*started)->port();
+    guards_.push_back(*std::move(started));
+  }
+  return absl::OkStatus();
+}
 
 absl::StatusOr<std::unique_ptr<ServerRunner>> ServerRunner::Start(
     const ServerOptions& options, absl::Span<grpc::Service* const> services) {
@@ -77,8 +105,15 @@ absl::StatusOr<std::unique_ptr<ServerRunner>> ServerRunner::Start(
   SetLimits(options, &builder);
   SetConnections(options, &builder);
   for (size_t i = 0; i < options.addresses.size(); ++i) {
-    builder.AddListeningPort(options.addresses[i], grpc::InsecureServerCredentials(),
-                             &runner->ports_[i]);
+    if (!IsGuarded(options, options.addresses[i])) {
+      builder.AddListeningPort(options.addresses[i], grpc::InsecureServerCredentials(),
+                               &runner->ports_[i]);
+    }
+  }
+  if (options.guard) {
+    runner->acceptor_ = builder.experimental().AddExternalConnectionAcceptor(
+        grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
+        grpc::InsecureServerCredentials());
   }
   for (grpc::Service* service : services) {
     builder.RegisterService(service);
@@ -90,9 +125,12 @@ absl::StatusOr<std::unique_ptr<ServerRunner>> ServerRunner::Start(
                                   "choose another, or port 0");
   }
   for (size_t i = 0; i < options.addresses.size(); ++i) {
-    if (options.addresses[i].rfind("unix:", 0) == 0) {
+    if (IsUnix(options.addresses[i])) {
       runner->ports_[i] = 0;
     }
+  }
+  if (absl::Status status = runner->StartGuards(options); !status.ok()) {
+    return status;
   }
   runner->ready_names_ = options.ready_names;
   runner->ready_names_.insert(runner->ready_names_.end(), {"", "ready"});
@@ -105,6 +143,8 @@ ServerRunner::~ServerRunner() {
   if (server_ != nullptr) {
     Shutdown(0);
   }
+  server_.reset();  // Ends its connections; the guards pass the last bytes on
+  guards_.clear();
 }
 
 void ServerRunner::SetReady(bool ready) {
@@ -114,6 +154,9 @@ void ServerRunner::SetReady(bool ready) {
 }
 
 void ServerRunner::Shutdown(int grace_ms) {
+  for (const auto& guard : guards_) {
+    guard->StopListening();
+  }
   server_->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(grace_ms));
   server_->Wait();
 }

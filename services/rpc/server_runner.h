@@ -3,6 +3,7 @@
 #pragma once
 
 #include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
 
 #include <memory>
 #include <string>
@@ -10,6 +11,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "services/rpc/frame_guard.h"
 
 namespace sluice::rpc {
 
@@ -28,6 +30,9 @@ struct ServerOptions {
   // Public: how long a call may go on after its connection has aged.
   int age_grace_ms = 10 * 60 * 1000;
   int max_concurrent_streams = 100;  // Of one connection
+  // A FrameGuard in front of each TCP address: what gRPC 1.51 does not bound is bounded there.
+  bool guard = false;
+  GuardOptions guard_options = {};  // All but address and max_streams
 };
 
 class ServerRunner {
@@ -52,10 +57,13 @@ class ServerRunner {
 
  private:
   ServerRunner() = default;
+  absl::Status StartGuards(const ServerOptions& options);
 
   std::vector<std::string> ready_names_;
   std::vector<int> ports_;
+  std::shared_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor_;  // Of the guards
   std::unique_ptr<grpc::Server> server_;
+  std::vector<std::unique_ptr<FrameGuard>> guards_;
 };
 
 }  // namespace sluice::rpc

@@ -127,6 +127,10 @@ std::vector<std::string> Cluster::ControllerCommand(const std::string& address_f
                                       "--workers",
                                       std::to_string(options_.workers)};
   command.insert(command.end(), options_.controller_flags.begin(), options_.controller_flags.end());
+  if (options_.controller_files > 0) {
+    const std::string limit = "ulimit -n " + std::to_string(options_.controller_files);
+    command.insert(command.begin(), {"/bin/sh", "-c", limit + " && exec \"$@\"", "sh"});
+  }
   return command;
 }
 
@@ -177,6 +181,14 @@ std::string Cluster::Logs() const {
 
 std::string Cluster::Log(const std::string& name) const {
   return ReadFile(folder_ + "/" + name + ".log");
+}
+
+std::string Cluster::LogText() const {
+  std::string all;
+  for (const auto& entry : fs::directory_iterator(folder_)) {
+    if (entry.path().extension() == ".log") all += ReadFile(entry.path());
+  }
+  return all;
 }
 
 std::shared_ptr<grpc::Channel> Cluster::PublicChannel() const {
@@ -242,6 +254,25 @@ Golden ReadGolden(const std::string& name) {
   json.at("greedy_ids").get_to(golden.greedy);
   json.at("gaps").get_to(golden.gaps);
   return golden;
+}
+
+Golden LongestClearRun(const Golden& golden) {
+  constexpr float kClearGap = 0.04f;  // Twice golden_test's larger bound
+  size_t begin = 0, length = 0;
+  for (size_t i = 0, start = 0; i < golden.greedy.size(); ++i) {
+    if (golden.gaps[i] <= kClearGap) {
+      start = i + 1;
+    } else if (i + 1 - start > length) {
+      begin = start;
+      length = i + 1 - start;
+    }
+  }
+  const auto first = golden.greedy.begin() + static_cast<ptrdiff_t>(begin);
+  Golden run;
+  run.prompt = golden.prompt;
+  run.prompt.insert(run.prompt.end(), golden.greedy.begin(), first);
+  run.greedy.assign(first, first + static_cast<ptrdiff_t>(length));
+  return run;
 }
 
 }  // namespace sluice::e2e

@@ -21,6 +21,7 @@ struct ClusterOptions {
   int workers = 1;
   int threads = 1;  // Of each worker
   std::vector<std::string> controller_flags = {};
+  int controller_files = 0;  // Most open files of the controller; 0: as many as the test may have
   bool unix_sockets = true;  // Links between workers over Unix sockets, else TCP
   // Process name -> SLUICE_FAULT of its first start (kernels/core/fault_point.h)
   std::map<std::string, std::string> faults = {};
@@ -52,6 +53,8 @@ class Cluster {
   std::unique_ptr<v1::AdminService::Stub> Admin() const;
   std::shared_ptr<grpc::Channel> PublicChannel() const;
   const std::string& public_address() const { return public_address_; }
+  std::string LogText() const;  // All that the processes have logged
+  const std::string& folder() const { return folder_; }
 
   // Streams one request of greedy decoding unless `request` says otherwise.
   Answer Stream(const v1::StreamGenerateRequest& request, int deadline_seconds = 120) const;
@@ -89,5 +92,9 @@ struct Golden {
   std::vector<float> gaps;  // Between the two best logits at each greedy id
 };
 Golden ReadGolden(const std::string& name);
+// The longest run of greedy ids whose two best logits are never closer than the engine's bound
+// allows to judge, and the ids before it as the prompt (the teacher-forced comparison of every id
+// is tests/worker/engine/golden_test.cc).
+Golden LongestClearRun(const Golden& golden);
 
 }  // namespace sluice::e2e

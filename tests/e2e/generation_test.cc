@@ -13,28 +13,6 @@ namespace {
 
 using ::testing::ElementsAreArray;
 
-// The longest run of greedy ids whose two best logits are never closer than the engine's bound
-// allows to judge, and the ids before it as the prompt (the teacher-forced comparison of every id
-// is tests/worker/engine/golden_test.cc).
-Golden LongestClearRun(const Golden& golden) {
-  constexpr float kClearGap = 0.04f;  // Twice golden_test's larger bound
-  size_t begin = 0, length = 0;
-  for (size_t i = 0, start = 0; i < golden.greedy.size(); ++i) {
-    if (golden.gaps[i] <= kClearGap) {
-      start = i + 1;
-    } else if (i + 1 - start > length) {
-      begin = start;
-      length = i + 1 - start;
-    }
-  }
-  const auto first = golden.greedy.begin() + static_cast<ptrdiff_t>(begin);
-  Golden run;
-  run.prompt = golden.prompt;
-  run.prompt.insert(run.prompt.end(), golden.greedy.begin(), first);
-  run.greedy.assign(first, first + static_cast<ptrdiff_t>(length));
-  return run;
-}
-
 class FormatTest : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(FormatTest, TwoWorkersGiveTheGreedyIdsOfTheLibrary) {

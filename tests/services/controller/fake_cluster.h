@@ -126,8 +126,8 @@ class FakeCluster {
       changed_.notify_all();
     });
     pipeline.on_frame = [this](internal::v1::TokenFrame frame) { loop->OnFrame(std::move(frame)); };
-    generation_ = std::make_unique<GenerationService>(GenerationOptions(), loop.get());
-    model_ = std::make_unique<ModelService>(loop.get());
+    generation_ = std::make_unique<GenerationService>(GenerationOptions(), loop.get(), &calls_);
+    model_ = std::make_unique<ModelService>(loop.get(), &calls_);
     admin_ = std::make_unique<AdminService>(loop.get());
     rpc::ServerOptions server;
     server.addresses = {"127.0.0.1:0"};
@@ -224,6 +224,7 @@ class FakeCluster {
   std::condition_variable changed_;
   bool ready_ = false;
   uint64_t attachment_ = 0;
+  ClientCalls calls_{ClientLimits()};
   std::unique_ptr<GenerationService> generation_;
   std::unique_ptr<ModelService> model_;
   std::unique_ptr<AdminService> admin_;

@@ -261,6 +261,26 @@ TEST_F(SchedulerTest, RefusesWhenTheQueueIsFull) {
   EXPECT_THAT(results_, SizeIs(3));
 }
 
+TEST_F(SchedulerTest, RefusesWhenTheQueueHoldsTooManyTokens) {
+  SchedulerLimits limits = Limits(1);
+  limits.max_batch_size = 1;
+  limits.max_queue_tokens = 5;
+  Make(limits);
+  ASSERT_TRUE(scheduler_->Submit(now_, 1, Spec({1, 2}, 4)).ok()) << "runs";
+  ASSERT_TRUE(scheduler_->Submit(now_, 2, Spec(std::vector<uint32_t>(9, 3), 4)).ok())
+      << "one may always wait";
+  const absl::Status status = scheduler_->Submit(now_, 3, Spec({1}, 4));
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(rpc::GetDetail<google::rpc::RetryInfo>(status).has_value());
+  scheduler_->Drop(2);
+  for (const uint64_t handle : {4u, 5u}) {
+    EXPECT_TRUE(scheduler_->Submit(now_, handle, Spec({1, 2}, 4, 2)).ok());
+  }
+  EXPECT_FALSE(scheduler_->Submit(now_, 6, Spec({1, 2}, 4)).ok());
+  RunAll();
+  EXPECT_TRUE(scheduler_->Submit(now_, 7, Spec({1}, 4)).ok()) << "the queue is empty again";
+}
+
 TEST_F(SchedulerTest, RefusesWhatCanNeverFitWithoutRetry) {
   Make(Limits(1));
   const absl::Status status = scheduler_->Submit(now_, 1, Spec({1}, 64 * 4 + 1));
