@@ -42,7 +42,8 @@ absl::Status MatchLlama3(const GgufFile& gguf, const GgufTensor& freqs, ModelCon
   const uint64_t half = config->head_dim() / 2;
   if (freqs.dtype.name != "F32" || freqs.shape != Shape{half}) {
     return absl::InvalidArgumentError(
-        absl::StrCat(gguf.file().name(), ": tensor rope_freqs.weight must be F32 [", half, "]"));
+        absl::StrCat(gguf.file().name(), ": tensor rope_freqs.weight must be F32 [", half,
+                     "]; convert the model again"));
   }
   std::vector<float> stored(half);
   SLUICE_RETURN_IF_ERROR(gguf.file().ReadAt(freqs.offset, freqs.bytes, stored.data()));
@@ -158,7 +159,8 @@ absl::Status CopyVocabularyKeys(const GgufFile& gguf, uint32_t vocab_size, Json*
     if (id == kMaxUint32) continue;  // -1: there is none.
     if (id >= vocab_size) {
       return absl::InvalidArgumentError(absl::StrCat(gguf.file().name(), ": key ", key, " = ", id,
-                                                     " is outside the vocabulary of ", vocab_size));
+                                                     " is outside the vocabulary of ", vocab_size,
+                                                     "; convert the model again"));
     }
     (*out)[name] = id;
   }
@@ -244,18 +246,25 @@ absl::StatusOr<std::string> GgufVocabularyJson(const GgufFile& gguf, uint32_t vo
   if (tokens->empty() || tokens->size() > kMaxVocab || tokens->size() > vocab_size) {
     return absl::InvalidArgumentError(
         absl::StrCat(gguf.file().name(), ": key tokenizer.ggml.tokens holds ", tokens->size(),
-                     " tokens for an embedding table of ", vocab_size, " rows"));
+                     " tokens for an embedding table of ", vocab_size,
+                     " rows; convert the model again"));
   }
-  json["tokens"] = *tokens;
   const auto same_length = [&](const char* key, size_t size) {
     if (size == tokens->size()) return absl::OkStatus();
     return absl::InvalidArgumentError(absl::StrCat(gguf.file().name(), ": key ", key, " holds ",
                                                    size, " values for ", tokens->size(),
-                                                   " tokens"));
+                                                   " tokens; convert the model again"));
   };
   if (gguf.Has("tokenizer.ggml.scores")) {
     SLUICE_ASSIGN_OR_RETURN(const auto* scores, gguf.Floats("tokenizer.ggml.scores"));
     SLUICE_RETURN_IF_ERROR(same_length("tokenizer.ggml.scores", scores->size()));
+    const auto bad = std::find_if_not(scores->begin(), scores->end(),
+                                      [](float score) { return std::isfinite(score); });
+    if (bad != scores->end()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(gguf.file().name(), ": key tokenizer.ggml.scores, element ",
+                       bad - scores->begin(), ": must be finite; convert the model again"));
+    }
     json["scores"] = *scores;
   }
   if (gguf.Has("tokenizer.ggml.token_type")) {
@@ -268,6 +277,7 @@ absl::StatusOr<std::string> GgufVocabularyJson(const GgufFile& gguf, uint32_t vo
     json["merges"] = *merges;
   }
   SLUICE_RETURN_IF_ERROR(CopyVocabularyKeys(gguf, vocab_size, &json));
+  json["tokens"] = *tokens;
   return json.dump(-1, ' ', /*ensure_ascii=*/false, Json::error_handler_t::replace);
 }
 

@@ -26,7 +26,7 @@ internal::v1::ShardAssignment Assignment() {
   assignment.set_max_batch_tokens(16);
   assignment.set_has_head(true);
   assignment.set_stage(1);
-  assignment.set_num_stages(2);
+  assignment.set_stages(2);
   return assignment;
 }
 

@@ -6,7 +6,9 @@ pub const MAX_VOCAB_FILE_BYTES: usize = 64 << 20; // tokenizer.json, gguf_vocab.
 pub const MAX_CONFIG_FILE_BYTES: usize = 4 << 20; // tokenizer_config.json and the other small files
 pub const MAX_TEMPLATE_BYTES: usize = 256 << 10; // chat template source
 pub const MAX_JSON_DEPTH: usize = 32;
-pub const MAX_JSON_NODES: usize = 4_000_000; // values in one JSON file, 32 bytes each while it is read
+// Memory of the values of one JSON file: enough for any real one, and bounded for one of small values only.
+pub const JSON_BASE_MEMORY: usize = 24 << 20;
+pub const JSON_MEMORY_PER_BYTE: usize = 5;
 pub const MAX_TOKEN_ID: u64 = (1 << 21) - 1;
 pub const MAX_MERGES: usize = 1 << 21;
 pub const MAX_TOKEN_BYTES: usize = 2048;
