@@ -67,7 +67,8 @@ absl::Status File::ReadAt(uint64_t offset, uint64_t size, void* out) const {
     if (got <= 0) {
       return absl::DataLossError(absl::StrCat(
           name_, ": cannot read at byte ", offset + done, ": ",
-          got == 0 ? "the file became shorter while it was read" : std::strerror(errno)));
+          got == 0 ? "the file became shorter while it was read" : std::strerror(errno),
+          "; restart the loader when the file is complete"));
     }
     done += static_cast<uint64_t>(got);
   }

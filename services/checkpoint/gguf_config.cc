@@ -112,6 +112,11 @@ absl::Status SetShape(const GgufFile& gguf, ModelConfig* config) {
   uint64_t head_dim = hidden / heads;
   if (gguf.Has("llama.attention.key_length")) {
     SLUICE_ASSIGN_OR_RETURN(head_dim, uint("llama.attention.key_length"));
+  } else if (hidden % heads != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(gguf.file().name(), ": key llama.embedding_length ", hidden,
+                     " is no multiple of llama.attention.head_count ", heads,
+                     "; convert the model again"));
   }
   SLUICE_ASSIGN_OR_RETURN(const double eps,
                           gguf.Double("llama.attention.layer_norm_rms_epsilon", 0, 1));

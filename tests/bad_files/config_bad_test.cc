@@ -128,7 +128,7 @@ TEST(BadFilesTest, ConfigAgainstTensors) {
       {
           {"F16", "one row more than the table", Set("vocab_size", "9"),
            {"model.safetensors", "embed_tokens.weight", "[8, 32]", "[9, 32]"}},
-          {"F16", "another width", Set("hidden_size", "34"), {"model.safetensors", "embed_tokens"}},
+          {"F16", "another width", Set("hidden_size", "36"), {"model.safetensors", "embed_tokens"}},
           {"F16", "another inner width", Set("intermediate_size", "63"),
            {"model.safetensors", "gate_proj.weight", "[63, 32]"}},
           {"F16", "heads that do not divide the width", Set("num_attention_heads", "3"),

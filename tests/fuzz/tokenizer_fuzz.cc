@@ -9,6 +9,14 @@
 namespace sluice::fuzz {
 
 std::vector<std::string> Seeds() {
+  for (const auto& [name, content] :
+       {std::pair("tokenizer.json", SmallTokenizerJson()),
+        std::pair("tokenizer.json", SmallSentencePieceJson()),
+        std::pair("gguf_vocab.json", SmallGgufVocabulary("gpt2")),
+        std::pair("gguf_vocab.json", SmallGgufVocabulary("llama"))}) {
+    const auto sound = text::Tokenizer::Load({{name, content}});
+    SLUICE_CHECK(sound.ok()) << sound.status();
+  }
   const std::string opt = R"({"<s>":0,"<pad>":1,"</s>":2,"a":3,"b":4,"ab":5})";
   return {std::string(1, '\0') + SmallTokenizerJson(),
           std::string(1, '\0') + SmallSentencePieceJson(),

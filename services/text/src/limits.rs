@@ -11,6 +11,7 @@ pub const JSON_BASE_MEMORY: usize = 24 << 20;
 pub const JSON_MEMORY_PER_BYTE: usize = 5;
 pub const MAX_TOKEN_ID: u64 = (1 << 21) - 1;
 pub const MAX_MERGES: usize = 1 << 21;
+pub const MERGES_PER_TOKEN: usize = 16; // merges.txt; Llama 3 has 2.2
 pub const MAX_TOKEN_BYTES: usize = 2048;
 pub const MAX_SPM_SPLIT_WORK: usize = 1 << 28; // sum of squared token lengths, while merges are made from scores
 pub const MAX_NORMALIZED_GROWTH: usize = 8; // bytes out per byte in of all Replace steps together
