@@ -378,6 +378,18 @@ TEST(BadFilesTest, ChatTemplates) {
   add("20,000 signs", "{{ " + Times(20'000, "-") + "1 }}", "");
   add("20,000 nots", "{{ " + Times(20'000, "not ") + "1 }}", "");
   add("20,000 filters", "{{ 1" + Times(20'000, "|abs|a") + " }}", "");
+  // Found here: the parser's recursion ended the process.
+  add("100,000 signs", "{{ " + Times(100'000, "-") + "1 }}", "a tag of");
+  add("20,000 words", "{{ a" + Times(20'000, " and a") + " }}", "a tag of");
+  add("20,000 conditions", "{{ a" + Times(20'000, " if a else a") + " }}", "a tag of");
+  add("20,000 tests", "{{ a" + Times(20'000, " is not a") + " }}", "a tag of");
+  add("20,000 members", "{{ a" + Times(20'000, ".a") + " }}", "a tag of");
+  add("20,000 calls", "{{ a" + Times(20'000, "()") + " }}", "a tag of");
+  add("20,000 powers", "{{ 1" + Times(20'000, "**1") + " }}", "a tag of");
+  add("20,000 elifs", "{% if a %}" + Times(20'000, "{% elif a %}") + "{% endif %}", "elif");
+  add("999 signs and an error", "{{ " + Times(995, "-") + "nothing }}", "");
+  add("1,000 elifs and an error",
+      "{% if a %}" + Times(1'000, "{% elif a %}") + "{% endif %}{{ 1 // 0 }}", "1 // 0");
   add("20,000 brackets", "{{ " + Times(20'000, "[") + " }}", "");
   add("256 KiB and one byte", std::string((256 << 10) + 1, 'x'), "limit");
   cases.push_back({"F22", "not UTF-8", source("\xFF"), {"chat_template.jinja", "UTF-8"}});

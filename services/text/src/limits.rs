@@ -17,6 +17,9 @@ pub const MAX_SPM_SPLIT_WORK: usize = 1 << 28; // sum of squared token lengths, 
 pub const MAX_NORMALIZED_GROWTH: usize = 8; // bytes out per byte in of all Replace steps together
 
 pub const MAX_ENCODE_BYTES: usize = 4 << 20; // text of one Encode call
-pub const MAX_TEMPLATE_FUEL: u64 = 5_000_000; // instructions of one rendering, plus 1 per 64 bytes made
+pub const MAX_TEMPLATE_FUEL: u64 = 500_000; // instructions of one rendering, plus 1 per 64 bytes made
+pub const MAX_TAG_TOKENS: usize = 1_000; // of one {{ }} or {% %}: the parser goes one level deeper for each
+pub const MAX_ELIFS: usize = 1_000; // of one template, for the same reason
+pub const COMPILE_STACK_BYTES: usize = 32 << 20; // for the limits above with room to spare
 pub const MAX_TEMPLATE_RECURSION: usize = 100;
 pub const MAX_TEMPLATE_OUTPUT_BYTES: usize = 1 << 20;

@@ -34,8 +34,7 @@ pub fn read(files: &Files) -> Result<TokenConfig> {
     }
     if let Some(root) = parse(files, "tokenizer_config.json")? {
         config.take_tokens("tokenizer_config.json", &root)?;
-        config.add_bos_token =
-            checked_json::flag("tokenizer_config.json", &root, "add_bos_token")?;
+        config.add_bos_token = checked_json::flag("tokenizer_config.json", &root, "add_bos_token")?;
         config.chat_template = read_template(root.get("chat_template"))?;
     }
     if let Some(root) = parse(files, "generation_config.json")? {

@@ -129,9 +129,7 @@ fn read_added(list: Option<&Value>) -> Result<Vec<Added>> {
         let Some(content) = item.get("content").and_then(Value::as_str) else {
             return Err(invalid(format!("{FILE}: an added token has no \"content\"")));
         };
-        let flag = |key: &str, default| {
-            Ok(checked_json::flag(FILE, item, key)?.unwrap_or(default))
-        };
+        let flag = |key: &str, default| Ok(checked_json::flag(FILE, item, key)?.unwrap_or(default));
         let special = flag("special", false)?;
         let token = AddedToken::from(content, special)
             .single_word(flag("single_word", false)?)
