@@ -39,7 +39,8 @@ class ModelCopy {
     for (const auto& entry : fs::directory_iterator(CheckpointPath(kModel))) {
       fs::copy(entry.path(), path_);
     }
-    fs::copy(fs::path(CheckpointPath("llama-fp16")) / "tokenizer.json", path_);
+    fs::copy(fs::path(CheckpointPath("llama-fp16")) / "tokenizer.json", path_,
+             fs::copy_options::skip_existing);
   }
   ~ModelCopy() {
     std::error_code ignored;
@@ -107,7 +108,11 @@ std::vector<BadModel> BadModels() {
          m.Write("pytorch_model.bin", "\x80\x02" "cos\nsystem\n.");
        },
        {"pytorch_model.bin"}},
-      {"no weights", [=](const ModelCopy& m) { fs::remove(m.At(weights)); },
+      {"no weights",
+       [=](const ModelCopy& m) {
+         fs::remove(m.At(weights));
+         fs::remove(m.At("golden_logits.bin"));
+       },
        {"no weights", "looked for"}},
   };
 }
