@@ -48,8 +48,10 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
   if (error) return absl::NotFoundError(absl::StrCat(path, ": ", error.message()));
   if (std::filesystem::is_directory(real, error)) return OpenFolder(real.string());
   if (!absl::EndsWith(path, ".gguf") && !absl::EndsWith(real.string(), ".gguf")) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        path, ": neither a folder nor a .gguf file; give the model's folder (with config.json and weights) or a .gguf file"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(path,
+                     ": neither a folder nor a .gguf file; give the model's folder (with "
+                     "config.json and weights) or a .gguf file"));
   }
   SLUICE_ASSIGN_OR_RETURN(const ModelDir dir, ModelDir::Open(real.parent_path().string()));
   return OpenGgufCheckpoint(dir, real.filename().string());

@@ -83,9 +83,9 @@ absl::Status File::ReadAt(uint64_t offset, uint64_t size, void* out) const {
 
 absl::StatusOr<std::string> File::ReadAll(uint64_t cap) const {
   if (size_ > cap) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(name_, ": ", size_, " bytes, more than the ", cap,
-                     " allowed for this file; download it again"));
+    return absl::InvalidArgumentError(absl::StrCat(name_, ": ", size_, " bytes, more than the ",
+                                                   cap,
+                                                   " allowed for this file; download it again"));
   }
   std::string text(size_, '\0');
   SLUICE_RETURN_IF_ERROR(ReadAt(0, size_, text.data()));

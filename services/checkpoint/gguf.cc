@@ -313,9 +313,8 @@ class GgufParser {
     for (uint32_t i = 0; i < dims; ++i) {
       SLUICE_ASSIGN_OR_RETURN(const uint64_t dim, cursor_.Number<uint64_t>());
       if (dim < 1 || dim > kMaxDim) {
-        return absl::InvalidArgumentError(
-            absl::StrCat(what, ": dimension ", dim,
-                         " is out of range 1..2^31-1; download the file again"));
+        return absl::InvalidArgumentError(absl::StrCat(
+            what, ": dimension ", dim, " is out of range 1..2^31-1; download the file again"));
       }
       tensor.shape[dims - 1 - i] = dim;
     }

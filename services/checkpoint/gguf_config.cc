@@ -41,9 +41,9 @@ double Llama3Factor(const RopeConfig& rope, double frequency) {
 absl::Status MatchLlama3(const GgufFile& gguf, const GgufTensor& freqs, ModelConfig* config) {
   const uint64_t half = config->head_dim() / 2;
   if (freqs.dtype.name != "F32" || freqs.shape != Shape{half}) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(gguf.file().name(), ": tensor rope_freqs.weight must be F32 [", half,
-                     "]; convert the model again"));
+    return absl::InvalidArgumentError(absl::StrCat(gguf.file().name(),
+                                                   ": tensor rope_freqs.weight must be F32 [", half,
+                                                   "]; convert the model again"));
   }
   std::vector<float> stored(half);
   SLUICE_RETURN_IF_ERROR(gguf.file().ReadAt(freqs.offset, freqs.bytes, stored.data()));
@@ -113,10 +113,9 @@ absl::Status SetShape(const GgufFile& gguf, ModelConfig* config) {
   if (gguf.Has("llama.attention.key_length")) {
     SLUICE_ASSIGN_OR_RETURN(head_dim, uint("llama.attention.key_length"));
   } else if (hidden % heads != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(gguf.file().name(), ": key llama.embedding_length ", hidden,
-                     " is no multiple of llama.attention.head_count ", heads,
-                     "; convert the model again"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        gguf.file().name(), ": key llama.embedding_length ", hidden,
+        " is no multiple of llama.attention.head_count ", heads, "; convert the model again"));
   }
   SLUICE_ASSIGN_OR_RETURN(const double eps,
                           gguf.Double("llama.attention.layer_norm_rms_epsilon", 0, 1));
@@ -249,10 +248,9 @@ absl::StatusOr<std::string> GgufVocabularyJson(const GgufFile& gguf, uint32_t vo
   SLUICE_ASSIGN_OR_RETURN(json["model"], gguf.Text("tokenizer.ggml.model"));
   SLUICE_ASSIGN_OR_RETURN(const auto* tokens, gguf.Texts("tokenizer.ggml.tokens"));
   if (tokens->empty() || tokens->size() > kMaxVocab || tokens->size() > vocab_size) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(gguf.file().name(), ": key tokenizer.ggml.tokens holds ", tokens->size(),
-                     " tokens for an embedding table of ", vocab_size,
-                     " rows; convert the model again"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        gguf.file().name(), ": key tokenizer.ggml.tokens holds ", tokens->size(),
+        " tokens for an embedding table of ", vocab_size, " rows; convert the model again"));
   }
   const auto same_length = [&](const char* key, size_t size) {
     if (size == tokens->size()) return absl::OkStatus();

@@ -139,7 +139,8 @@ absl::StatusOr<std::string> ResolveModel(const std::string& model, const std::st
   const std::string wanted = revision.empty() ? "main" : revision;
   if (!IsPlainName(wanted, /*max_parts=*/8)) {
     return absl::InvalidArgumentError(
-        "--revision must be a branch, a tag or a commit; letters, digits, '.', '_', '-', '/' are allowed");
+        "--revision must be a branch, a tag or a commit; letters, digits, '.', '_', '-', '/' are "
+        "allowed");
   }
   const std::string hub = HubFolder();
   const std::string folder =

@@ -270,7 +270,8 @@ absl::Status CheckModelConfig(const ModelConfig& config, const std::string& file
     return bad("norm epsilon must be 0 to 1");
   for (const uint32_t id : config.eos_token_ids()) {
     if (id >= config.vocab_size()) {
-      return bad(absl::StrCat("eos_token_id ", id, " is not below vocab_size ", config.vocab_size()));
+      return bad(
+          absl::StrCat("eos_token_id ", id, " is not below vocab_size ", config.vocab_size()));
     }
   }
   if (config.has_bos_token_id() && config.bos_token_id() >= config.vocab_size()) {

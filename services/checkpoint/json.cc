@@ -77,7 +77,8 @@ class CappedBuilder : public nlohmann::json_sax<Json> {
 
   bool Charge(size_t bytes) {
     memory_ += bytes;
-    return memory_ <= kMaxMemory || Fail(absl::StrCat("values of more than ", kMaxMemory, " bytes"));
+    return memory_ <= kMaxMemory ||
+           Fail(absl::StrCat("values of more than ", kMaxMemory, " bytes"));
   }
 
   template <typename T>
@@ -131,7 +132,8 @@ absl::StatusOr<Json> ParseJsonObject(const std::string& text, const std::string&
         absl::StrCat(file, ": ", builder.error(), "; download the file again"));
   }
   if (!root.is_object()) {
-    return absl::InvalidArgumentError(absl::StrCat(file, ": must hold one JSON object; download the file again"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(file, ": must hold one JSON object; download the file again"));
   }
   return root;
 }

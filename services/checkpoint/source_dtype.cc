@@ -76,7 +76,8 @@ absl::StatusOr<uint64_t> TensorBytes(const SourceDType& dtype, const Shape& shap
   }
   if (overflow || bytes > static_cast<uint64_t>(INT64_MAX)) {
     return absl::InvalidArgumentError(
-        absl::StrCat(what, ": shape ", ShapeText(shape), " has too many elements; download or save the file again"));
+        absl::StrCat(what, ": shape ", ShapeText(shape),
+                     " has too many elements; download or save the file again"));
   }
   return bytes;
 }

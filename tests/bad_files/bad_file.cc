@@ -4,7 +4,10 @@
 
 #include <csignal>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <map>
+#include <sstream>
 
 #include "tests/bad_files/heap_meter.h"
 
@@ -28,8 +31,7 @@ void OnHang(int) {
 class Totals : public testing::Environment {
  public:
   static Totals& Get() {
-    static auto* const totals =
-        static_cast<Totals*>(testing::AddGlobalTestEnvironment(new Totals));
+    static auto* const totals = static_cast<Totals*>(testing::AddGlobalTestEnvironment(new Totals));
     return *totals;
   }
   void Add(const std::string& container, const std::string& rule) {
@@ -106,8 +108,28 @@ absl::Status OpenAt(const std::string& path) {
 absl::Status OpenModel(const std::string& folder) { return OpenAt(folder); }
 absl::Status OpenGguf(const std::string& folder) { return OpenAt(folder + "/model.gguf"); }
 
+absl::Status OpenTokenizer(const std::string& folder) {
+  text::TokenizerFiles files;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    std::ostringstream content;
+    content << std::ifstream(entry.path(), std::ios::binary).rdbuf();
+    files[entry.path().filename()] = content.str();
+  }
+  const auto tokenizer = text::Tokenizer::Load(files);
+  if (!tokenizer.ok()) return tokenizer.status();
+  const std::vector<text::Tokenizer::ChatMessage> messages = {{"user", "ab"}, {"x", "a"}};
+  return (*tokenizer)->ApplyChatTemplate(messages, true).status();
+}
+
 void ExpectRefused(const char* container, const std::vector<BadFile>& cases, const Open& open) {
   for (const BadFile& bad : cases) ExpectRefused(std::string(container), bad, open);
+}
+
+std::string Copies(size_t count, const std::string& text) {
+  std::string out;
+  out.reserve(count * text.size());
+  for (size_t i = 0; i < count; ++i) out += text;
+  return out;
 }
 
 std::function<void(const TempDir&)> File(const std::string& name, const std::string& content) {

@@ -36,12 +36,19 @@ absl::Status OpenModel(const std::string& folder);
 // As OpenModel(), of model.gguf in the folder.
 absl::Status OpenGguf(const std::string& folder);
 
+// All files of the folder go to the tokenizer as the controller hands them over; the chat template,
+// when it compiles, is rendered.
+absl::Status OpenTokenizer(const std::string& folder);
+
 // Runs the cases, each in a folder of its own, and counts them under `container`.
 void ExpectRefused(const char* container, const std::vector<BadFile>& cases,
                    const Open& open = OpenModel);
 
 // Writes one file.
 std::function<void(const TempDir&)> File(const std::string& name, const std::string& content);
+
+// `text` again and again.
+std::string Copies(size_t count, const std::string& text);
 
 // Short forms of codes.
 inline constexpr auto kUnimplemented = absl::StatusCode::kUnimplemented;

@@ -39,6 +39,7 @@ std::function<void(const TempDir&)> Shards(const std::function<void(const TempDi
   };
 }
 
+// NOLINTNEXTLINE(readability-function-size): a table
 TEST(BadFilesTest, IndexTexts) {
   ExpectRefused(
       "index",
@@ -46,7 +47,9 @@ TEST(BadFilesTest, IndexTexts) {
           {"F6", "empty", Index(""), {kIndex, "broken JSON"}},
           {"F6", "a list", Index("[]"), {kIndex, "one JSON object"}},
           {"F6", "cut off", Index(R"({"weight_map":{"a":"one.s)"), {kIndex, "broken JSON"}},
-          {"F6", "LFS pointer", Index("version https://git-lfs.github.com/spec/v1\n"),
+          {"F6",
+           "LFS pointer",
+           Index("version https://git-lfs.github.com/spec/v1\n"),
            {kIndex, "git lfs pull"}},
           {"F15", "no map", Index("{}"), {kIndex, "weight_map is missing"}},
           {"F15", "empty map", Map("{}"), {kIndex, "weight_map is missing or empty"}},
@@ -55,18 +58,24 @@ TEST(BadFilesTest, IndexTexts) {
           {"F15", "file a number", Map("{\"a\":1}"), {kIndex, "weight_map must map names"}},
           {"F15", "file null", Map("{\"a\":null}"), {kIndex, "weight_map must map names"}},
           {"F15", "file a list", Map(R"({"a":["one.safetensors"]})"), {kIndex, "weight_map must"}},
-          {"F5", "a tensor twice", Map(R"({"a":"one.safetensors","a":"two.safetensors"})"),
+          {"F5",
+           "a tensor twice",
+           Map(R"({"a":"one.safetensors","a":"two.safetensors"})"),
            {kIndex, "\"a\" appears twice"}},
-          {"F5", "two maps", Index(R"({"weight_map":{"a":"one.safetensors"},"weight_map":{}})"),
+          {"F5",
+           "two maps",
+           Index(R"({"weight_map":{"a":"one.safetensors"},"weight_map":{}})"),
            {kIndex, "\"weight_map\" appears twice"}},
-          {"F3", "10,000 nested objects",
+          {"F3",
+           "10,000 nested objects",
            Index([] {
              std::string text;
              for (int i = 0; i < 10'000; ++i) text += "{\"a\":";
              return text;
            }()),
            {kIndex, "deeper than 32"}},
-          {"F3", "1,001 files",
+          {"F3",
+           "1,001 files",
            Map([] {
              std::string map = "{";
              for (int i = 0; i <= 1'000; ++i) {
@@ -76,7 +85,8 @@ TEST(BadFilesTest, IndexTexts) {
              return map + "}";
            }()),
            {kIndex, "more than 1000 files"}},
-          {"F3", "300,000 names",
+          {"F3",
+           "300,000 names",
            Map([] {
              std::string map = "{";
              for (int i = 0; i <= 300'000; ++i) {
@@ -85,13 +95,15 @@ TEST(BadFilesTest, IndexTexts) {
              return map + "}";
            }()),
            {kIndex, "values of more than"}},
-          {"F3", "26 MB",
+          {"F3",
+           "26 MB",
            [](const TempDir& dir) {
              Index("{}")(dir);
              std::filesystem::resize_file(dir.path() + "/" + kIndex, 26'000'000);
            },
            {kIndex, "26000000 bytes"}},
-          {"F3", "1 TiB",
+          {"F3",
+           "1 TiB",
            [](const TempDir& dir) {
              Index("{}")(dir);
              std::filesystem::resize_file(dir.path() + "/" + kIndex, 1ULL << 40);
@@ -117,15 +129,22 @@ TEST(BadFilesTest, IndexNames) {
           {"F14", "name with NUL", Shard(R"("two.safetensors\u0000.txt")"), plain},
           {"F14", "name of 5000 bytes", Shard("\"" + std::string(5000, 'n') + "\""), plain},
           {"F14", "escaped slash", Shard(R"("..\u002f..\u002fetc\u002fpasswd")"), plain},
-          {"F14", "a link to a device",
+          {"F14",
+           "a link to a device",
            [](const TempDir& dir) {
              Shard(R"("zero.safetensors")")(dir);
              std::filesystem::create_symlink("/dev/zero", dir.path() + "/zero.safetensors");
            },
            {kIndex, "zero.safetensors", "out of the model's folder"}},
-          {"F15", "file that is not there", Shard(R"("three.safetensors")"),
-           {kIndex, "three.safetensors", "No such file"}, kNotFound},
-          {"F15", "windows separators", Shard(R"("..\\two.safetensors")"), {kIndex, "No such file"},
+          {"F15",
+           "file that is not there",
+           Shard(R"("three.safetensors")"),
+           {kIndex, "three.safetensors", "No such file"},
+           kNotFound},
+          {"F15",
+           "windows separators",
+           Shard(R"("..\\two.safetensors")"),
+           {kIndex, "No such file"},
            kNotFound},
           {"F15", "a file that is no safetensors", Shard(R"("config.json")"), {"config.json"}},
           {"F15", "the index itself", Shard("\"" + std::string(kIndex) + "\""), {kIndex}},
@@ -137,42 +156,51 @@ TEST(BadFilesTest, IndexAgainstShards) {
   ExpectRefused(
       "index",
       {
-          {"F15", "a tensor that no file has",
+          {"F15",
+           "a tensor that no file has",
            Map(R"({"a":"one.safetensors","b":"two.safetensors","c":"two.safetensors"})"),
            {kIndex, "tensor c is not in the file"}},
-          {"F15", "a tensor in the wrong file",
-           Map(R"({"a":"two.safetensors","b":"one.safetensors"})"), {kIndex, "tensor a is not in"}},
-          {"F15", "a tensor in two files",
+          {"F15",
+           "a tensor in the wrong file",
+           Map(R"({"a":"two.safetensors","b":"one.safetensors"})"),
+           {kIndex, "tensor a is not in"}},
+          {"F15",
+           "a tensor in two files",
            Shards([a](const TempDir& dir) { dir.Write("two.safetensors", a); }),
            {"two.safetensors", "tensor a is in another file"}},
-          {"F15", "a tensor that the index does not name",
+          {"F15",
+           "a tensor that the index does not name",
            Shards([](const TempDir& dir) {
              dir.Write("two.safetensors",
                        SafetensorsFile({{"b", {"F16", {2}, "1234"}}, {"c", {"F16", {2}, "1234"}}}));
            }),
            {"two.safetensors", "tensor c is not in the index"}},
-          {"F6", "an empty shard",
+          {"F6",
+           "an empty shard",
            Shards([](const TempDir& dir) { dir.Write("two.safetensors", ""); }),
            {"two.safetensors", "shorter"}},
-          {"F6", "a shard cut in its data",
+          {"F6",
+           "a shard cut in its data",
            Shards([a](const TempDir& dir) {
              dir.Write("two.safetensors", a.substr(0, a.size() - 1));
            }),
            {"two.safetensors", "ends at byte 4 of 3"}},
-          {"F6", "a shard that is an LFS pointer",
+          {"F6",
+           "a shard that is an LFS pointer",
            Shards([](const TempDir& dir) {
              dir.Write("two.safetensors", "version https://git-lfs.github.com/spec/v1\n");
            }),
            {"two.safetensors", "git lfs pull"}},
-          {"F15", "a .bin shard in an index of safetensors",
+          {"F15",
+           "a .bin shard in an index of safetensors",
            Shards([](const TempDir& dir) { dir.Write("two.safetensors", "PK\3\4"); }),
            {"two.safetensors"}},
-          {"F15", "several weight files and no index",
-           Shards([](const TempDir& dir) {
-             std::filesystem::remove(dir.path() + "/" + kIndex);
-           }),
+          {"F15",
+           "several weight files and no index",
+           Shards([](const TempDir& dir) { std::filesystem::remove(dir.path() + "/" + kIndex); }),
            {"several weight files", "one.safetensors, two.safetensors"}},
-          {"F15", "index of .bin with a safetensors shard",
+          {"F15",
+           "index of .bin with a safetensors shard",
            [](const TempDir& dir) {
              Map("{}")(dir);
              std::filesystem::remove(dir.path() + "/" + kIndex);

@@ -198,16 +198,17 @@ TEST_F(MutationsTest, ZipDirectory) {
         set->tensors()[0].file->ReadAt(set->tensors()[0].offset, data.size(), data.data());
     return status.ok() ? absl::StatusOr<std::string>(set->tensors()[0].name + data) : status;
   };
-  const std::string file = Zip64File({{"m/data.pkl", pickle}, {"m/data/0", std::string(12, '\1')}}, 2);
+  const std::string file =
+      Zip64File({{"m/data.pkl", pickle}, {"m/data/0", std::string(12, '\1')}}, 2);
   Mutated("zip directory", Path("pytorch_model.bin"), file, 0, load).Run();
 }
 
 TEST_F(MutationsTest, Gguf) {
   size_t header = 0;
   const std::string file = GgufBuilder::Llama().Build(&header);
-  Mutated("gguf", Path("model.gguf"), file, header,
-          [this] { return Everything(Checkpoint::Open(Path("model.gguf"))); })
-      .Run();
+  Mutated("gguf", Path("model.gguf"), file, header, [this] {
+    return Everything(Checkpoint::Open(Path("model.gguf")));
+  }).Run();
 }
 
 TEST_F(MutationsTest, Config) {
@@ -236,7 +237,9 @@ TEST_F(MutationsTest, Tokenizer) {
       const auto tokenizer = text::Tokenizer::Load({{name, text}});
       if (!tokenizer.ok()) return tokenizer.status();
       std::string all = std::to_string((*tokenizer)->vocab_size());
-      for (const char* words : {"ab <s>a b", "\xE2\x96\x81" "ab\n"}) {
+      for (const char* words : {"ab <s>a b",
+                                "\xE2\x96\x81"
+                                "ab\n"}) {
         const auto ids = (*tokenizer)->Encode(words, /*add_special_tokens=*/true);
         if (!ids.ok()) return ids.status();
         for (const uint32_t id : *ids) all += " " + std::to_string(id);

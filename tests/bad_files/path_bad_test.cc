@@ -55,9 +55,12 @@ TEST(BadFilesTest, SpecialFiles) {
     cases.push_back({"F14", name + " a folder", Instead(name, MakeFolder), regular});
     cases.push_back({"F14", name + " a socket", Instead(name, MakeSocket), regular});
     const std::vector<std::string> out = {name, "a link out of the model's folder"};
-    cases.push_back({"F14", name + " a link to /dev/zero", Instead(name, LinkTo("/dev/zero")), out});
-    cases.push_back({"F14", name + " a link to /etc/passwd", Instead(name, LinkTo("/etc/passwd")), out});
-    cases.push_back({"F14", name + " a link up", Instead(name, LinkTo("../../../etc/passwd")), out});
+    cases.push_back(
+        {"F14", name + " a link to /dev/zero", Instead(name, LinkTo("/dev/zero")), out});
+    cases.push_back(
+        {"F14", name + " a link to /etc/passwd", Instead(name, LinkTo("/etc/passwd")), out});
+    cases.push_back(
+        {"F14", name + " a link up", Instead(name, LinkTo("../../../etc/passwd")), out});
     // Ollama CVE-2024-37032, -2026-103663: names that lead out of the store.
     cases.push_back({"F14", name + " a link to a link out",
                      Instead(name,
@@ -67,7 +70,9 @@ TEST(BadFilesTest, SpecialFiles) {
                                fs::create_symlink("middle", path);
                              }),
                      out});
-    cases.push_back({"F14", name + " a link to this folder", Instead(name, LinkTo(".")),
+    cases.push_back({"F14",
+                     name + " a link to this folder",
+                     Instead(name, LinkTo(".")),
                      {name, "out of the model's folder"}});
     cases.push_back({"F14", name + " a link to a pipe in here",
                      Instead(name,
@@ -82,39 +87,49 @@ TEST(BadFilesTest, SpecialFiles) {
 
 // What is not there at all is an error of its own when the file is needed.
 TEST(BadFilesTest, LinksToNothing) {
-  ExpectRefused("paths",
-                {
-                    {"F14", "config.json a link to nothing",
-                     Instead("config.json", LinkTo("nothing")),
-                     {"config.json", "leads to nothing"}},
-                    {"F14", "config.json a link to itself",
-                     Instead("config.json", LinkTo("config.json")),
-                     {"config.json", "leads to nothing"}},
-                    {"F14", "generation_config.json a link to nothing",
-                     Instead("generation_config.json", LinkTo("../../blobs/0")),
-                     {"generation_config.json", "leads to nothing"}},
-                    {"F14", "weights a link to nothing",
-                     Instead("model.safetensors", LinkTo("nothing")),
-                     {"model.safetensors", "leads to nothing"}},
-                    {"F14", "an empty folder", [](const TempDir&) {}, {"looked for config.json"},
-                     kNotFound},
-                    {"F14", "no weights", Instead("model.safetensors", [](const std::string&) {}),
-                     {"no weights", "looked for model.safetensors"}, kNotFound},
-                    {"F14", "10,001 files",
-                     [](const TempDir& dir) {
-                       for (int i = 0; i <= 10'000; ++i) dir.Write(std::to_string(i), "");
-                     },
-                     {"more than 10000 entries"}},
-                });
+  ExpectRefused(
+      "paths",
+      {
+          {"F14",
+           "config.json a link to nothing",
+           Instead("config.json", LinkTo("nothing")),
+           {"config.json", "leads to nothing"}},
+          {"F14",
+           "config.json a link to itself",
+           Instead("config.json", LinkTo("config.json")),
+           {"config.json", "leads to nothing"}},
+          {"F14",
+           "generation_config.json a link to nothing",
+           Instead("generation_config.json", LinkTo("../../blobs/0")),
+           {"generation_config.json", "leads to nothing"}},
+          {"F14",
+           "weights a link to nothing",
+           Instead("model.safetensors", LinkTo("nothing")),
+           {"model.safetensors", "leads to nothing"}},
+          {"F14", "an empty folder", [](const TempDir&) {}, {"looked for config.json"}, kNotFound},
+          {"F14",
+           "no weights",
+           Instead("model.safetensors", [](const std::string&) {}),
+           {"no weights", "looked for model.safetensors"},
+           kNotFound},
+          {"F14",
+           "10,001 files",
+           [](const TempDir& dir) {
+             for (int i = 0; i <= 10'000; ++i) dir.Write(std::to_string(i), "");
+           },
+           {"more than 10000 entries"}},
+      });
 }
 
 TEST(BadFilesTest, GgufPaths) {
   ExpectRefused("paths",
                 {
-                    {"F14", "model.gguf a pipe",
+                    {"F14",
+                     "model.gguf a pipe",
                      [](const TempDir& dir) { MakePipe(dir.path() + "/model.gguf"); },
                      {"model.gguf", "not a regular file"}},
-                    {"F14", "model.gguf a socket",
+                    {"F14",
+                     "model.gguf a socket",
                      [](const TempDir& dir) { MakeSocket(dir.path() + "/model.gguf"); },
                      {"model.gguf", "not a regular file"}},
                 },
@@ -130,9 +145,10 @@ TEST(BadFilesTest, ModelNames) {
                   [&](const std::string&) { return Checkpoint::Open(name).status(); });
   }
   for (const std::string revision : {"../../etc", "/etc", "a/../../b", "..", "x\ny"}) {
-    ExpectRefused("paths",
-                  {{"F14", "revision " + revision.substr(0, 8), [](const TempDir&) {}, {"--revision"}}},
-                  [&](const std::string&) { return Checkpoint::Open("org/name", revision).status(); });
+    ExpectRefused(
+        "paths",
+        {{"F14", "revision " + revision.substr(0, 8), [](const TempDir&) {}, {"--revision"}}},
+        [&](const std::string&) { return Checkpoint::Open("org/name", revision).status(); });
   }
 }
 
@@ -158,16 +174,14 @@ TEST(BadFilesTest, FilesThatChange) {
   const auto lost = absl::StatusCode::kDataLoss;
   ExpectRefused("paths", {{"F23", "cut to nothing", write, {"model.safetensors", "shorter"}, lost}},
                 after_open([](const std::string& path) { fs::resize_file(path, 0); }));
+  ExpectRefused(
+      "paths", {{"F23", "cut in the data", write, {"model.safetensors"}, lost}},
+      after_open([](const std::string& path) { fs::resize_file(path, fs::file_size(path) - 1); }));
+  ExpectRefused(
+      "paths", {{"F23", "grown", write, {"model.safetensors", "changed"}, lost}},
+      after_open([](const std::string& path) { fs::resize_file(path, fs::file_size(path) + 1); }));
   ExpectRefused("paths",
-                {{"F23", "cut in the data", write, {"model.safetensors"}, lost}},
-                after_open([](const std::string& path) {
-                  fs::resize_file(path, fs::file_size(path) - 1);
-                }));
-  ExpectRefused("paths", {{"F23", "grown", write, {"model.safetensors", "changed"}, lost}},
-                after_open([](const std::string& path) {
-                  fs::resize_file(path, fs::file_size(path) + 1);
-                }));
-  ExpectRefused("paths", {{"F23", "written in place", write, {"model.safetensors", "changed"}, lost}},
+                {{"F23", "written in place", write, {"model.safetensors", "changed"}, lost}},
                 after_open([](const std::string& path) {
                   const int fd = open(path.c_str(), O_WRONLY);
                   ASSERT_EQ(pwrite(fd, "x", 1, 100), 1);

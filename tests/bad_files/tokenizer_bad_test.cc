@@ -1,11 +1,5 @@
-// Bad tokenizer.json, vocab.json, merges.txt, gguf_vocab.json, tokenizer_config.json and chat
-// templates. The folder's files go to the tokenizer as the controller hands them over; a template
-// that compiles is rendered.
+// Bad tokenizer.json, vocab.json, merges.txt, gguf_vocab.json and tokenizer_config.json.
 #include <gtest/gtest.h>
-
-#include <filesystem>
-#include <fstream>
-#include <sstream>
 
 #include "tests/bad_files/bad_file.h"
 #include "tests/fuzz/small_tokenizer.h"
@@ -16,19 +10,6 @@ namespace {
 using checkpoint::Json;
 
 constexpr char kFile[] = "tokenizer.json";
-
-absl::Status OpenTokenizer(const std::string& folder) {
-  text::TokenizerFiles files;
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    std::ostringstream content;
-    content << std::ifstream(entry.path(), std::ios::binary).rdbuf();
-    files[entry.path().filename()] = content.str();
-  }
-  const auto tokenizer = text::Tokenizer::Load(files);
-  if (!tokenizer.ok()) return tokenizer.status();
-  const std::vector<text::Tokenizer::ChatMessage> messages = {{"user", "ab"}, {"x", "a"}};
-  return (*tokenizer)->ApplyChatTemplate(messages, true).status();
-}
 
 void ExpectTokenizerRefused(const char* container, const std::vector<BadFile>& cases) {
   ExpectRefused(container, cases, OpenTokenizer);
@@ -43,18 +24,13 @@ std::function<void(const TempDir&)> With(const std::function<void(Json&)>& chang
 std::function<void(const TempDir&)> Set(const std::string& pointer, const Json& value) {
   return With([&](Json& t) { t[Json::json_pointer(pointer)] = value; });
 }
-std::string Times(size_t count, const std::string& text) {
-  std::string out;
-  out.reserve(count * text.size());
-  for (size_t i = 0; i < count; ++i) out += text;
-  return out;
-}
 // {"version":"1.0", `member`, ...the sound rest}.
 std::function<void(const TempDir&)> Member(const std::string& member) {
   std::string text = fuzz::SmallTokenizerJson();
   return File(kFile, text.insert(1, member + ","));
 }
 
+// NOLINTNEXTLINE(readability-function-size): a table
 TEST(BadFilesTest, TokenizerTexts) {
   ExpectTokenizerRefused(
       "tokenizer",
@@ -63,26 +39,43 @@ TEST(BadFilesTest, TokenizerTexts) {
           {"F6", "empty", File(kFile, ""), {kFile, "not acceptable JSON"}},
           {"F6", "a list", File(kFile, "[]"), {kFile}},
           {"F6", "null", File(kFile, "null"), {kFile}},
-          {"F6", "cut off", File(kFile, fuzz::SmallTokenizerJson().substr(0, 500)),
+          {"F6",
+           "cut off",
+           File(kFile, fuzz::SmallTokenizerJson().substr(0, 500)),
            {kFile, "not acceptable JSON"}},
-          {"F6", "bytes after the end", File(kFile, fuzz::SmallTokenizerJson() + "x"),
+          {"F6",
+           "bytes after the end",
+           File(kFile, fuzz::SmallTokenizerJson() + "x"),
            {kFile, "not acceptable JSON"}},
           {"F6", "a byte that is no UTF-8", File(kFile, "{\"a\":\"\xFF\"}"), {kFile}},
-          {"F6", "LFS pointer", File(kFile, "version https://git-lfs.github.com/spec/v1\n"),
+          {"F6",
+           "LFS pointer",
+           File(kFile, "version https://git-lfs.github.com/spec/v1\n"),
            {kFile}},
           {"F21", "lone surrogate", Member(R"("a":"\ud800")"), {kFile, "not acceptable JSON"}},
           {"F5", "a key twice", Member(R"("model":{})"), {kFile, "\"model\" appears twice"}},
-          {"F5", "a token twice", File(kFile, R"({"model":{"vocab":{"a":0,"a":1},"merges":[]}})"),
+          {"F5",
+           "a token twice",
+           File(kFile, R"({"model":{"vocab":{"a":0,"a":1},"merges":[]}})"),
            {kFile, "\"a\" appears twice"}},
-          {"F3", "10,000 nested lists", File(kFile, "{\"a\":" + Times(10'000, "[")),
+          {"F3",
+           "10,000 nested lists",
+           File(kFile, "{\"a\":" + Copies(10'000, "[")),
            {kFile, "nested deeper"}},
-          {"F3", "4,000,000 zeros", File(kFile, "{\"a\":[0" + Times(4'000'000, ",0") + "]}"),
+          {"F3",
+           "4,000,000 zeros",
+           File(kFile, "{\"a\":[0" + Copies(4'000'000, ",0") + "]}"),
            {kFile, "values"}},
-          {"F3", "2,000,000 empty strings", File(kFile, "{\"a\":[0" + Times(2'000'000, ",\"\"") + "]}"),
+          {"F3",
+           "2,000,000 empty strings",
+           File(kFile, "{\"a\":[0" + Copies(2'000'000, ",\"\"") + "]}"),
            {kFile, "values"}},
-          {"F3", "2,000,000 empty objects", File(kFile, "{\"a\":[0" + Times(2'000'000, ",{}") + "]}"),
+          {"F3",
+           "2,000,000 empty objects",
+           File(kFile, "{\"a\":[0" + Copies(2'000'000, ",{}") + "]}"),
            {kFile, "values"}},
-          {"F3", "a small file of 4 MiB and a byte",
+          {"F3",
+           "a small file of 4 MiB and a byte",
            [](const TempDir& dir) {
              dir.Write(kFile, fuzz::SmallTokenizerJson());
              dir.Write("tokenizer_config.json", std::string((4 << 20) + 1, ' '));
@@ -95,49 +88,86 @@ TEST(BadFilesTest, TokenizerTexts) {
           {"F21", "Unigram", Set("/model/type", "Unigram"), {kFile, "BPE"}, kUnimplemented},
           {"F21", "type a number", Set("/model/type", 1), {kFile, "type"}, kUnimplemented},
           {"F21", "dropout", Set("/model/dropout", 0.1), {kFile, "dropout"}, kUnimplemented},
-          {"F21", "subword prefix", Set("/model/continuing_subword_prefix", "##"),
-           {kFile, "continuing_subword_prefix"}, kUnimplemented},
-          {"F21", "word suffix", Set("/model/end_of_word_suffix", "</w>"),
-           {kFile, "end_of_word_suffix"}, kUnimplemented},
-          {"F21", "byte_fallback a string", Set("/model/byte_fallback", "yes"),
+          {"F21",
+           "subword prefix",
+           Set("/model/continuing_subword_prefix", "##"),
+           {kFile, "continuing_subword_prefix"},
+           kUnimplemented},
+          {"F21",
+           "word suffix",
+           Set("/model/end_of_word_suffix", "</w>"),
+           {kFile, "end_of_word_suffix"},
+           kUnimplemented},
+          {"F21",
+           "byte_fallback a string",
+           Set("/model/byte_fallback", "yes"),
            {kFile, "byte_fallback"}},
           {"F21", "fuse_unk a number", Set("/model/fuse_unk", 1), {kFile, "fuse_unk"}},
-          {"F21", "ignore_merges a list", Set("/model/ignore_merges", Json::array()),
+          {"F21",
+           "ignore_merges a list",
+           Set("/model/ignore_merges", Json::array()),
            {kFile, "ignore_merges"}},
           {"F21", "unk_token a number", Set("/model/unk_token", 0), {kFile, "unk_token"}},
-          {"F21", "unk_token not in the vocabulary", Set("/model/unk_token", "<none>"),
+          {"F21",
+           "unk_token not in the vocabulary",
+           Set("/model/unk_token", "<none>"),
            {kFile, "unk_token"}},
       });
 }
 
+// NOLINTNEXTLINE(readability-function-size): a table
 TEST(BadFilesTest, TokenizerVocabularies) {
   std::vector<BadFile> cases = {
       {"F21", "vocabulary a list", Set("/model/vocab", Json::array({"a"})), {kFile, "vocabulary"}},
       {"F21", "empty vocabulary", Set("/model/vocab", Json::object()), {kFile, "empty"}},
-      {"F21", "no vocabulary", With([](Json& t) { t["model"].erase("vocab"); }),
+      {"F21",
+       "no vocabulary",
+       With([](Json& t) { t["model"].erase("vocab"); }),
        {kFile, "vocabulary"}},
-      {"F21", "two tokens of one id", Set("/model/vocab/zzz", 5), {kFile, "two tokens have the id 5"}},
-      {"F21", "token of 3000 bytes", Set("/model/vocab/" + std::string(3000, 'x'), 200),
+      {"F21",
+       "two tokens of one id",
+       Set("/model/vocab/zzz", 5),
+       {kFile, "two tokens have the id 5"}},
+      {"F21",
+       "token of 3000 bytes",
+       Set("/model/vocab/" + std::string(3000, 'x'), 200),
        {kFile, "longer than"}},
       {"F21", "merges a string", Set("/model/merges", "a b"), {kFile, "merges are not a list"}},
-      {"F21", "no merges", With([](Json& t) { t["model"].erase("merges"); }), {kFile},
+      {"F21",
+       "no merges",
+       With([](Json& t) { t["model"].erase("merges"); }),
+       {kFile},
        kUnimplemented},
-      {"F21", "a merge of tokens that are not there", Set("/model/merges/0", "q zz"),
+      {"F21",
+       "a merge of tokens that are not there",
+       Set("/model/merges/0", "q zz"),
        {kFile, "merge 0", "\"zz\""}},
-      {"F21", "a merge whose result is not there", Set("/model/merges/0", "q z"),
+      {"F21",
+       "a merge whose result is not there",
+       Set("/model/merges/0", "q z"),
        {kFile, "merge 0", "\"qz\""}},
-      {"F21", "added_tokens an object", Set("/added_tokens", Json::object()), {kFile, "added_tokens"}},
-      {"F21", "an added token without content", Set("/added_tokens/0", {{"id", 0}}),
+      {"F21",
+       "added_tokens an object",
+       Set("/added_tokens", Json::object()),
+       {kFile, "added_tokens"}},
+      {"F21",
+       "an added token without content",
+       Set("/added_tokens/0", {{"id", 0}}),
        {kFile, "content"}},
       {"F21", "an added token a string", Set("/added_tokens/0", "<s>"), {kFile, "content"}},
       {"F21", "an added token \"\"", Set("/added_tokens/0/content", ""), {kFile, "empty"}},
-      {"F21", "an added token of 3000 bytes", Set("/added_tokens/0/content", std::string(3000, 'x')),
+      {"F21",
+       "an added token of 3000 bytes",
+       Set("/added_tokens/0/content", std::string(3000, 'x')),
        {kFile, "longer than"}},
       {"F5", "an added token twice", Set("/added_tokens/1/content", "<s>"), {kFile, "twice"}},
       {"F5", "an added id twice", Set("/added_tokens/1/id", 0), {kFile, "twice"}},
-      {"F21", "an added token with another id than in the vocabulary", Set("/added_tokens/0/id", 77),
+      {"F21",
+       "an added token with another id than in the vocabulary",
+       Set("/added_tokens/0/id", 77),
        {kFile, "another id"}},
-      {"F21", "an added token far behind the vocabulary",
+      {"F21",
+       "an added token far behind the vocabulary",
        With([](Json& t) {
          Json far = t["added_tokens"][0];
          far["content"] = "<far>";
@@ -152,16 +182,16 @@ TEST(BadFilesTest, TokenizerVocabularies) {
   };
   for (const Json& id : {Json(2147483648U), Json(1U << 21), Json(4294967296U), Json(-1), Json(1.5),
                          Json("7"), Json(nullptr), Json(true), Json(1e300)}) {
-    cases.push_back({"F21", "token id " + id.dump(), Set("/model/vocab/zzz", id),
-                     {kFile, "token id"}});
-    cases.push_back({"F21", "added id " + id.dump(), Set("/added_tokens/0/id", id),
-                     {kFile, "token id"}});
+    cases.push_back(
+        {"F21", "token id " + id.dump(), Set("/model/vocab/zzz", id), {kFile, "token id"}});
+    cases.push_back(
+        {"F21", "added id " + id.dump(), Set("/added_tokens/0/id", id), {kFile, "token id"}});
   }
-  for (const Json& merge : {Json("a"), Json("a b c"), Json(7), Json::array({"a"}),
-                            Json::array({"a", 1}), Json::array({"a", "b", "c"}), Json(" "),
-                            Json::array({"", ""}), Json(nullptr)}) {
-    cases.push_back({"F21", "merge " + merge.dump(), Set("/model/merges/0", merge),
-                     {kFile, "merge 0"}});
+  for (const Json& merge :
+       {Json("a"), Json("a b c"), Json(7), Json::array({"a"}), Json::array({"a", 1}),
+        Json::array({"a", "b", "c"}), Json(" "), Json::array({"", ""}), Json(nullptr)}) {
+    cases.push_back(
+        {"F21", "merge " + merge.dump(), Set("/model/merges/0", merge), {kFile, "merge 0"}});
   }
   ExpectTokenizerRefused("tokenizer", cases);
 }
@@ -180,18 +210,23 @@ TEST(BadFilesTest, TokenizerPairsOfFiles) {
           {"F6", "vocab.json empty", pair("", "a b\n"), {"vocab.json", "not acceptable JSON"}},
           {"F21", "vocab.json a list", pair("[]", "a b\n"), {"vocab.json", "vocabulary"}},
           {"F21", "vocab.json with id -1", pair(R"({"a":-1})", ""), {"vocab.json", "token id -1"}},
-          {"F5", "vocab.json with a token twice", pair(R"({"a":0,"a":1})", ""),
+          {"F5",
+           "vocab.json with a token twice",
+           pair(R"({"a":0,"a":1})", ""),
            {"vocab.json", "appears twice"}},
           {"F21", "merges.txt with three parts", pair(vocab, "a b ab\n"), {"merges.txt", "1"}},
           {"F21", "merges.txt with one part", pair(vocab, "#version: 0.2\nab\n"), {"merges.txt"}},
           {"F21", "merges.txt not UTF-8", pair(vocab, "a \xFF\n"), {"merges.txt", "UTF-8"}},
           {"F21", "merges.txt with an unknown token", pair(vocab, "a z\n"), {"merge 0", "\"z\""}},
-          {"F21", "2^21 + 1 merges", pair(vocab, Times((1 << 21) + 1, "a b\n")),
+          {"F21",
+           "2^21 + 1 merges",
+           pair(vocab, Copies((1 << 21) + 1, "a b\n")),
            {"merges, the limit"}},
       });
 }
 
 // HF tokenizers PR #2060, fastokens #39: a pattern that never comes back.
+// NOLINTNEXTLINE(readability-function-size): a table
 TEST(BadFilesTest, TokenizerParts) {
   std::vector<BadFile> cases;
   const Json split = {{"type", "Split"}, {"behavior", "Isolated"}, {"invert", false}};
@@ -199,50 +234,72 @@ TEST(BadFilesTest, TokenizerParts) {
        {"(a+)+", "", "\\w+", "(?:(?:a*)*)*b", "(x+x+)+y", "([a-zA-Z]+)*$", "(a|aa)+$", ".*"}) {
     Json part = split;
     part["pattern"]["Regex"] = pattern;
-    const Json replace = {
-        {"type", "Replace"}, {"pattern", {{"Regex", pattern}}}, {"content", "b"}};
-    cases.push_back({"F21", "split by " + pattern, Set("/pre_tokenizer", part),
-                     {kFile, "pre_tokenizer", "regex"}, kUnimplemented});
-    cases.push_back({"F21", "normalizer replaces " + pattern, Set("/normalizer", replace),
-                     {kFile, "normalizer", "regex"}, kUnimplemented});
+    const Json replace = {{"type", "Replace"}, {"pattern", {{"Regex", pattern}}}, {"content", "b"}};
+    cases.push_back({"F21",
+                     "split by " + pattern,
+                     Set("/pre_tokenizer", part),
+                     {kFile, "pre_tokenizer", "regex"},
+                     kUnimplemented});
+    cases.push_back({"F21",
+                     "normalizer replaces " + pattern,
+                     Set("/normalizer", replace),
+                     {kFile, "normalizer", "regex"},
+                     kUnimplemented});
   }
   Json inner = split;
   inner["pattern"]["Regex"] = "(a+)+";
-  cases.push_back({"F21", "a pattern inside of a Sequence",
-                   Set("/pre_tokenizer",
-                       {{"type", "Sequence"}, {"pretokenizers", Json::array({inner})}}),
-                   {kFile, "regex"}, kUnimplemented});
-  cases.push_back({"F21", "a pattern in the decoder",
-                   Set("/decoder", {{"type", "Replace"},
-                                    {"pattern", {{"Regex", "(a+)+"}}},
-                                    {"content", "b"}}),
-                   {kFile, "decoder", "regex"}, kUnimplemented});
+  cases.push_back(
+      {"F21",
+       "a pattern inside of a Sequence",
+       Set("/pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", Json::array({inner})}}),
+       {kFile, "regex"},
+       kUnimplemented});
+  cases.push_back(
+      {"F21",
+       "a pattern in the decoder",
+       Set("/decoder", {{"type", "Replace"}, {"pattern", {{"Regex", "(a+)+"}}}, {"content", "b"}}),
+       {kFile, "decoder", "regex"},
+       kUnimplemented});
   for (const char* key : {"normalizer", "pre_tokenizer", "post_processor", "decoder"}) {
     const std::string pointer = std::string("/") + key;
-    cases.push_back({"F21", std::string(key) + " unknown", Set(pointer, {{"type", "Evil"}}),
-                     {kFile, key, "Evil"}, kUnimplemented});
-    cases.push_back({"F21", std::string(key) + " a string", Set(pointer, "ByteLevel"), {kFile, key},
+    cases.push_back({"F21",
+                     std::string(key) + " unknown",
+                     Set(pointer, {{"type", "Evil"}}),
+                     {kFile, key, "Evil"},
                      kUnimplemented});
-    cases.push_back({"F21", std::string(key) + " a Sequence without a list",
-                     Set(pointer, {{"type", "Sequence"}}), {kFile, key}});
+    cases.push_back({"F21",
+                     std::string(key) + " a string",
+                     Set(pointer, "ByteLevel"),
+                     {kFile, key},
+                     kUnimplemented});
+    cases.push_back({"F21",
+                     std::string(key) + " a Sequence without a list",
+                     Set(pointer, {{"type", "Sequence"}}),
+                     {kFile, key}});
   }
   const Json twice = {{"type", "Replace"}, {"pattern", {{"String", "a"}}}, {"content", "aa"}};
-  cases.push_back({"F21", "a normalizer that grows the text 16 times",
+  cases.push_back({"F21",
+                   "a normalizer that grows the text 16 times",
                    Set("/normalizer", {{"type", "Sequence"},
                                        {"normalizers", Json::array({twice, twice, twice, twice})}}),
                    {kFile, "multiply"}});
-  cases.push_back({"F21", "Replace of an empty pattern",
-                   Set("/normalizer",
-                       {{"type", "Replace"}, {"pattern", {{"String", ""}}}, {"content", "a"}}),
-                   {kFile, "empty pattern"}});
-  cases.push_back({"F21", "Prepend of 1000 bytes",
+  cases.push_back(
+      {"F21",
+       "Replace of an empty pattern",
+       Set("/normalizer", {{"type", "Replace"}, {"pattern", {{"String", ""}}}, {"content", "a"}}),
+       {kFile, "empty pattern"}});
+  cases.push_back({"F21",
+                   "Prepend of 1000 bytes",
                    Set("/normalizer", {{"type", "Prepend"}, {"prepend", std::string(1000, 'a')}}),
                    {kFile, "prepends"}});
-  cases.push_back({"F21", "a post-processor that inserts id 2^31",
+  cases.push_back({"F21",
+                   "a post-processor that inserts id 2^31",
                    Set("/post_processor/special_tokens/<s>/ids/0", 2147483648U),
                    {kFile, "post_processor"}});
-  cases.push_back({"F21", "a post-processor that inserts an id of another vocabulary",
-                   Set("/post_processor/special_tokens/<s>/ids/0", 5000), {kFile, "post_processor"}});
+  cases.push_back({"F21",
+                   "a post-processor that inserts an id of another vocabulary",
+                   Set("/post_processor/special_tokens/<s>/ids/0", 5000),
+                   {kFile, "post_processor"}});
   ExpectTokenizerRefused("tokenizer", cases);
 }
 
@@ -253,39 +310,71 @@ std::function<void(const TempDir&)> Vocabulary(const char* model, const std::str
   return File("gguf_vocab.json", vocabulary.dump());
 }
 
+// NOLINTNEXTLINE(readability-function-size): a table
 TEST(BadFilesTest, TokenizerGgufVocabularies) {
   constexpr char kVocabulary[] = "gguf_vocab.json";
   ExpectTokenizerRefused(
       "tokenizer",
       {
-          {"F21", "kind t5", Vocabulary("llama", "model", "t5"), {kVocabulary, "gpt2, llama"},
+          {"F21",
+           "kind t5",
+           Vocabulary("llama", "model", "t5"),
+           {kVocabulary, "gpt2, llama"},
            kUnimplemented},
           {"F21", "kind a number", Vocabulary("llama", "model", 5), {kVocabulary}, kUnimplemented},
           {"F21", "tokens a number", Vocabulary("llama", "tokens", 5), {kVocabulary, "tokens"}},
-          {"F21", "a token a number", Vocabulary("llama", "tokens", {1, 2}), {kVocabulary, "string"}},
-          {"F21", "types of another length", Vocabulary("llama", "token_type", {1}),
+          {"F21",
+           "a token a number",
+           Vocabulary("llama", "tokens", {1, 2}),
+           {kVocabulary, "string"}},
+          {"F21",
+           "types of another length",
+           Vocabulary("llama", "token_type", {1}),
            {kVocabulary, "token_type"}},
-          {"F21", "types strings",
+          {"F21",
+           "types strings",
            Vocabulary("llama", "token_type", {"1", "1", "1", "1", "1", "1", "1", "1"}),
            {kVocabulary, "token_type"}},
-          {"F21", "type -1", Vocabulary("llama", "token_type", {-1, 3, 3, 6, 1, 1, 1, 1}),
+          {"F21",
+           "type -1",
+           Vocabulary("llama", "token_type", {-1, 3, 3, 6, 1, 1, 1, 1}),
            {kVocabulary, "token_type"}},
-          {"F21", "type 7", Vocabulary("llama", "token_type", {7, 3, 3, 6, 1, 1, 1, 1}),
+          {"F21",
+           "type 7",
+           Vocabulary("llama", "token_type", {7, 3, 3, 6, 1, 1, 1, 1}),
            {kVocabulary, "token_type"}},
-          {"F21", "scores of another length", Vocabulary("llama", "scores", {1}),
+          {"F21",
+           "scores of another length",
+           Vocabulary("llama", "scores", {1}),
            {kVocabulary, "scores"}},
           {"F21", "scores null", Vocabulary("llama", "scores", nullptr), {kVocabulary, "scores"}},
-          {"F21", "a score a string",
-           Vocabulary("llama", "scores", {"0", 0, 0, 0, 0, 0, 0, 0}), {kVocabulary, "scores"}},
-          {"F21", "bos outside", Vocabulary("llama", "bos_token_id", 8), {kVocabulary, "bos_token_id"}},
-          {"F21", "eos of 2^32 - 1", Vocabulary("llama", "eos_token_id", 4294967295U),
+          {"F21",
+           "a score a string",
+           Vocabulary("llama", "scores", {"0", 0, 0, 0, 0, 0, 0, 0}),
+           {kVocabulary, "scores"}},
+          {"F21",
+           "bos outside",
+           Vocabulary("llama", "bos_token_id", 8),
+           {kVocabulary, "bos_token_id"}},
+          {"F21",
+           "eos of 2^32 - 1",
+           Vocabulary("llama", "eos_token_id", 4294967295U),
            {kVocabulary, "token id"}},
-          {"F21", "unknown id -1", Vocabulary("llama", "unknown_token_id", -1),
+          {"F21",
+           "unknown id -1",
+           Vocabulary("llama", "unknown_token_id", -1),
            {kVocabulary, "token id"}},
-          {"F21", "merges not pairs", Vocabulary("gpt2", "merges", {"a"}), {kVocabulary, "merge 0"}},
-          {"F21", "pre-tokenizer unknown", Vocabulary("gpt2", "pre", "made-up"),
-           {kVocabulary, "made-up"}, kUnimplemented},
-          {"F5", "a token twice",
+          {"F21",
+           "merges not pairs",
+           Vocabulary("gpt2", "merges", {"a"}),
+           {kVocabulary, "merge 0"}},
+          {"F21",
+           "pre-tokenizer unknown",
+           Vocabulary("gpt2", "pre", "made-up"),
+           {kVocabulary, "made-up"},
+           kUnimplemented},
+          {"F5",
+           "a token twice",
            Vocabulary("gpt2", "tokens", {"<unk>", "<s>", "</s>", "a", "b", "ab", "a"}),
            {kVocabulary, "twice"}},
       });
@@ -299,103 +388,48 @@ TEST(BadFilesTest, TokenizerSmallFiles) {
     };
   };
   ExpectTokenizerRefused(
-      "tokenizer",
-      {
-          {"F6", "tokenizer_config.json not JSON", small("tokenizer_config.json", "{"),
-           {"tokenizer_config.json", "not acceptable JSON"}},
-          {"F5", "tokenizer_config.json: a key twice",
-           small("tokenizer_config.json", R"({"bos_token":"<s>","bos_token":"</s>"})"),
-           {"tokenizer_config.json", "\"bos_token\" appears twice"}},
-          {"F22", "chat_template a number", small("tokenizer_config.json", R"({"chat_template":5})"),
-           {"tokenizer_config.json", "chat_template"}},
-          {"F21", "bos_token a number", small("tokenizer_config.json", R"({"bos_token":5})"),
-           {"tokenizer_config.json", "bos_token"}},
-          {"F21", "add_bos_token a string", small("tokenizer_config.json", R"({"add_bos_token":"y"})"),
-           {"tokenizer_config.json", "add_bos_token"}},
-          {"F6", "special_tokens_map.json a list", small("special_tokens_map.json", "[]"),
-           {"special_tokens_map.json"}},
-          {"F21", "eos_token without content",
-           small("special_tokens_map.json", R"({"eos_token":{"lstrip":true}})"),
-           {"special_tokens_map.json", "eos_token"}},
-          {"F17", "generation_config.json: eos id 2^31",
-           small("generation_config.json", R"({"eos_token_id":2147483648})"),
-           {"generation_config.json", "token id"}},
-          {"F17", "generation_config.json: eos ids strings",
-           small("generation_config.json", R"({"eos_token_id":["2"]})"),
-           {"generation_config.json", "token id"}},
-          {"F17", "generation_config.json: bos id -1",
-           small("generation_config.json", R"({"bos_token_id":-1})"),
-           {"generation_config.json", "token id"}},
-      });
-}
-
-// llama-cpp-python CVE-2024-34359: a template that reaches Python; vLLM PYSEC-2026-2013 and
-// CVE-2026-115911: one that never ends.
-TEST(BadFilesTest, ChatTemplates) {
-  const auto source = [](const std::string& text) {
-    return [=](const TempDir& dir) {
-      dir.Write(kFile, fuzz::SmallTokenizerJson());
-      dir.Write("chat_template.jinja", text);
-    };
-  };
-  std::vector<BadFile> cases;
-  const auto add = [&](const std::string& name, const std::string& text, const std::string& word) {
-    cases.push_back({"F22", name, source(text), {"chat template", word}});
-  };
-  add("a loop of 10^9", "{% for i in range(1000000000) %}{% endfor %}", "");
-  add("nested loops of 10^8",
-      "{% for i in range(9999) %}{% for j in range(9999) %}{% set x = i %}{% endfor %}{% endfor %}",
-      "steps");
-  add("recursion", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion");
-  add("a string that doubles 99 times",
-      "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}"
-      "{% endfor %}",
-      "steps");
-  add("a string of 10^9 bytes", "{{ 'x' * 1000000000 }}", "");
-  add("a string of 2^63 bytes", "{{ 'x' * 9223372036854775807 }}", "");
-  add("a list of 10^9", "{{ (messages | list) * 1000000000 }}", "");
-  add("10 MB of output", "{% for i in range(9999) %}{{ 'y' * 1000 }}{% endfor %}", "longer than");
-  add("centered in 10^9", "{{ 'x'.center(1000000000) }}", "");
-  add("indented by 10^9", "{{ messages | tojson(indent=1000000000) * 1000000 }}", "");
-  add("replaced 10^6 times over", "{{ ('a' * 10000).replace('a', 'b' * 10000) }}", "");
-  add("joined by a long text", "{{ range(9999) | join('x' * 100000) }}", "");
-  add("formatted to 10^9 places", "{{ '%1000000000d' | format(1) }}", "");
-  add("include of a file", "{% include '/etc/passwd' %}", "");
-  add("import of a file", "{% import '/etc/passwd' as x %}{{ x }}", "");
-  add("extends a file", "{% extends '/etc/passwd' %}", "");
-  add("Python's classes", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "");
-  add("Python's os", "{{ cycler.__init__.__globals__.os.popen('id').read() }}", "");
-  add("a function that is not there", "{{ open('/etc/passwd') }}", "");
-  add("a filter that is not there", "{{ 'x' | attr_of_os }}", "");
-  add("its own words", "{{ raise_exception('roles must alternate') }}", "roles must alternate");
-  add("division by zero", "{{ 1 // 0 }}", "");
-  add("an open loop", "{% for %}", "does not compile");
-  add("an open expression", "{{ 1 +", "does not compile");
-  add("an unknown tag", "{% nonsense %}", "does not compile");
-  add("an open block", "{% if x %}", "does not compile");
-  add("20,000 parentheses", "{{ " + Times(20'000, "(") + "1" + Times(20'000, ")") + " }}", "");
-  add("20,000 blocks", Times(20'000, "{% if true %}"), "");
-  add("20,000 signs", "{{ " + Times(20'000, "-") + "1 }}", "");
-  add("20,000 nots", "{{ " + Times(20'000, "not ") + "1 }}", "");
-  add("20,000 filters", "{{ 1" + Times(20'000, "|abs|a") + " }}", "");
-  // Found here: the parser's recursion ended the process.
-  add("100,000 signs", "{{ " + Times(100'000, "-") + "1 }}", "a tag of");
-  add("20,000 words", "{{ a" + Times(20'000, " and a") + " }}", "a tag of");
-  add("20,000 conditions", "{{ a" + Times(20'000, " if a else a") + " }}", "a tag of");
-  add("20,000 tests", "{{ a" + Times(20'000, " is not a") + " }}", "a tag of");
-  add("20,000 members", "{{ a" + Times(20'000, ".a") + " }}", "a tag of");
-  add("20,000 calls", "{{ a" + Times(20'000, "()") + " }}", "a tag of");
-  add("20,000 powers", "{{ 1" + Times(20'000, "**1") + " }}", "a tag of");
-  add("20,000 elifs", "{% if a %}" + Times(20'000, "{% elif a %}") + "{% endif %}", "elif");
-  add("999 signs and an error", "{{ " + Times(995, "-") + "nothing }}", "");
-  add("1,000 elifs and an error",
-      "{% if a %}" + Times(1'000, "{% elif a %}") + "{% endif %}{{ 1 // 0 }}", "1 // 0");
-  add("20,000 brackets", "{{ " + Times(20'000, "[") + " }}", "");
-  add("256 KiB and one byte", std::string((256 << 10) + 1, 'x'), "limit");
-  cases.push_back({"F22", "not UTF-8", source("\xFF"), {"chat_template.jinja", "UTF-8"}});
-  cases.push_back({"F22", "no template at all", File(kFile, fuzz::SmallTokenizerJson()),
-                   {"no chat template"}, absl::StatusCode::kFailedPrecondition});
-  ExpectTokenizerRefused("chat template", cases);
+      "tokenizer", {
+                       {"F6",
+                        "tokenizer_config.json not JSON",
+                        small("tokenizer_config.json", "{"),
+                        {"tokenizer_config.json", "not acceptable JSON"}},
+                       {"F5",
+                        "tokenizer_config.json: a key twice",
+                        small("tokenizer_config.json", R"({"bos_token":"<s>","bos_token":"</s>"})"),
+                        {"tokenizer_config.json", "\"bos_token\" appears twice"}},
+                       {"F22",
+                        "chat_template a number",
+                        small("tokenizer_config.json", R"({"chat_template":5})"),
+                        {"tokenizer_config.json", "chat_template"}},
+                       {"F21",
+                        "bos_token a number",
+                        small("tokenizer_config.json", R"({"bos_token":5})"),
+                        {"tokenizer_config.json", "bos_token"}},
+                       {"F21",
+                        "add_bos_token a string",
+                        small("tokenizer_config.json", R"({"add_bos_token":"y"})"),
+                        {"tokenizer_config.json", "add_bos_token"}},
+                       {"F6",
+                        "special_tokens_map.json a list",
+                        small("special_tokens_map.json", "[]"),
+                        {"special_tokens_map.json"}},
+                       {"F21",
+                        "eos_token without content",
+                        small("special_tokens_map.json", R"({"eos_token":{"lstrip":true}})"),
+                        {"special_tokens_map.json", "eos_token"}},
+                       {"F17",
+                        "generation_config.json: eos id 2^31",
+                        small("generation_config.json", R"({"eos_token_id":2147483648})"),
+                        {"generation_config.json", "token id"}},
+                       {"F17",
+                        "generation_config.json: eos ids strings",
+                        small("generation_config.json", R"({"eos_token_id":["2"]})"),
+                        {"generation_config.json", "token id"}},
+                       {"F17",
+                        "generation_config.json: bos id -1",
+                        small("generation_config.json", R"({"bos_token_id":-1})"),
+                        {"generation_config.json", "token id"}},
+                   });
 }
 
 }  // namespace

@@ -71,7 +71,8 @@ struct BadModel {
 std::vector<BadModel> BadModels() {
   const std::string weights = "model.safetensors";
   return {
-      {"config.json is not JSON", [](const ModelCopy& m) { m.Write("config.json", "{"); },
+      {"config.json is not JSON",
+       [](const ModelCopy& m) { m.Write("config.json", "{"); },
        {"config.json", "broken JSON"}},
       {"10^9 layers",
        [](const ModelCopy& m) {
@@ -79,7 +80,9 @@ std::vector<BadModel> BadModels() {
        },
        {"config.json", "num_hidden_layers"}},
       {"weights cut in the data",
-       [=](const ModelCopy& m) { fs::resize_file(m.At(weights), fs::file_size(m.At(weights)) - 1); },
+       [=](const ModelCopy& m) {
+         fs::resize_file(m.At(weights), fs::file_size(m.At(weights)) - 1);
+       },
        {weights, "ends at byte"}},
       {"header of 2^63 bytes",
        [=](const ModelCopy& m) { m.Write(weights, std::string(7, '\0') + "\x80{}"); },
@@ -105,7 +108,9 @@ std::vector<BadModel> BadModels() {
       {"a pickle that calls os.system",
        [=](const ModelCopy& m) {
          fs::remove(m.At(weights));
-         m.Write("pytorch_model.bin", "\x80\x02" "cos\nsystem\n.");
+         m.Write("pytorch_model.bin",
+                 "\x80\x02"
+                 "cos\nsystem\n.");
        },
        {"pytorch_model.bin"}},
       {"no weights",
@@ -227,7 +232,8 @@ TEST(BadModelTest, BadValuesAndTokenizersLeaveEveryProcessUp) {
          m.Write("tokenizer.json", json.dump());
        },
        {"tokenizer.json", "regex"}},
-      {"tokenizer.json is not JSON", [](const ModelCopy& m) { m.Write("tokenizer.json", "{"); },
+      {"tokenizer.json is not JSON",
+       [](const ModelCopy& m) { m.Write("tokenizer.json", "{"); },
        {"tokenizer.json", "not acceptable JSON"}},
   };
   for (const auto& bad : kCases) {

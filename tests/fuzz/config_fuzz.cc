@@ -28,8 +28,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (!config.ok()) return 0;
   checkpoint::Json generation;
   if (cut != std::string::npos) {
-    const auto second =
-        checkpoint::ParseJsonObject(text.substr(cut + 1), "generation_config.json");
+    const auto second = checkpoint::ParseJsonObject(text.substr(cut + 1), "generation_config.json");
     if (second.ok()) generation = *second;
   }
   const auto parsed = checkpoint::ParseHfConfig(*config, generation);

@@ -13,7 +13,8 @@ std::vector<std::string> Seeds() {
   const std::string parameter =
       Global("torch._utils", "_rebuild_parameter") +
       Tuple({tensor, "\x88", Global("collections", "OrderedDict") + ")R"}) + "R";
-  return {Pickle(Dict({Text("a"), tensor})), Pickle(Dict({Text("a"), tensor, Text("b"), parameter})),
+  return {Pickle(Dict({Text("a"), tensor})),
+          Pickle(Dict({Text("a"), tensor, Text("b"), parameter})),
           Pickle(Global("collections", "OrderedDict") + ")R}b"), Pickle("}q\x01h\x01\x86"),
           Pickle("](K\x01M\x01\x02J\x01\x02\x03\x04U\x01xNe")};
 }

@@ -33,12 +33,8 @@ TensorMap AwqParts() {
 
 TensorMap Nf4Parts(bool nested) {
   constexpr uint64_t kBlocks = kN * kK / 64;
-  const Json state = {{"quant_type", "nf4"},
-                      {"blocksize", 64},
-                      {"shape", {kN, kK}},
-                      {"dtype", "float16"},
-                      {"nested_blocksize", 256},
-                      {"nested_offset", 0.25}};
+  const Json state = {{"quant_type", "nf4"}, {"blocksize", 64},         {"shape", {kN, kK}},
+                      {"dtype", "float16"},  {"nested_blocksize", 256}, {"nested_offset", 0.25}};
   const std::string text = state.dump();
   TensorMap parts = {{"weight", {"U8", {kN * kK / 2, 1}, Repeat<uint8_t>(0x7A, kN * kK / 2)}},
                      {"weight.absmax", {"F32", {kBlocks}, Repeat(0.5F, kBlocks)}},

@@ -37,7 +37,8 @@ void CheckPrepared(const controller::GenerationRequest& prepared,
   SLUICE_CHECK(sampling.top_p() > 0 && sampling.top_p() <= 1);
   SLUICE_CHECK(sampling.min_p() >= 0 && sampling.min_p() <= 1);
   SLUICE_CHECK(sampling.repetition_penalty() > 0 && std::isfinite(sampling.repetition_penalty()));
-  SLUICE_CHECK(sampling.num_logprobs() >= -1 && sampling.num_logprobs() <= controller::kMaxLogprobs);
+  SLUICE_CHECK(sampling.num_logprobs() >= -1 &&
+               sampling.num_logprobs() <= controller::kMaxLogprobs);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace {
 using nlohmann::json;
 
 json Added(int id, const char* content) {
-  return {{"id", id},         {"content", content}, {"single_word", false}, {"lstrip", false},
+  return {{"id", id},        {"content", content},  {"single_word", false}, {"lstrip", false},
           {"rstrip", false}, {"normalized", false}, {"special", true}};
 }
 
@@ -23,7 +23,11 @@ std::string SmallTokenizerJson() {
       {"version", "1.0"},
       {"added_tokens", {Added(0, "<s>"), Added(1, "</s>")}},
       {"normalizer", nullptr},
-      {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}}},
+      {"pre_tokenizer",
+       {{"type", "ByteLevel"},
+        {"add_prefix_space", false},
+        {"trim_offsets", true},
+        {"use_regex", true}}},
       {"post_processor",
        {{"type", "TemplateProcessing"},
         {"single",
@@ -31,7 +35,11 @@ std::string SmallTokenizerJson() {
           {{"Sequence", {{"id", "A"}, {"type_id", 0}}}}}},
         {"pair", {{{"Sequence", {{"id", "A"}, {"type_id", 0}}}}}},
         {"special_tokens", {{"<s>", {{"id", "<s>"}, {"ids", {0}}, {"tokens", {"<s>"}}}}}}}},
-      {"decoder", {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}}},
+      {"decoder",
+       {{"type", "ByteLevel"},
+        {"add_prefix_space", false},
+        {"trim_offsets", true},
+        {"use_regex", true}}},
       {"model",
        {{"type", "BPE"},
         {"dropout", nullptr},
@@ -65,8 +73,17 @@ std::string SmallSentencePieceJson() {
         {"fuse_unk", true},
         {"byte_fallback", true},
         {"vocab",
-         {{"<unk>", 0}, {"<s>", 1}, {"</s>", 2}, {"<0x0A>", 3}, {"<0xC3>", 4}, {"<0xA9>", 5},
-          {"\u2581", 6}, {"a", 7}, {"b", 8}, {"ab", 9}, {"\u2581ab", 10}}},
+         {{"<unk>", 0},
+          {"<s>", 1},
+          {"</s>", 2},
+          {"<0x0A>", 3},
+          {"<0xC3>", 4},
+          {"<0xA9>", 5},
+          {"\u2581", 6},
+          {"a", 7},
+          {"b", 8},
+          {"ab", 9},
+          {"\u2581ab", 10}}},
         {"merges", {"a b", "\u2581 ab"}}}}};
   return tokenizer.dump();
 }

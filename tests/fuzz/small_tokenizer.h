@@ -5,8 +5,8 @@
 
 namespace sluice::fuzz {
 
-std::string SmallTokenizerJson();               // tokenizer.json, byte level
-std::string SmallSentencePieceJson();           // tokenizer.json with byte fallback, as Llama 2's
+std::string SmallTokenizerJson();      // tokenizer.json, byte level
+std::string SmallSentencePieceJson();  // tokenizer.json with byte fallback, as Llama 2's
 std::string SmallGgufVocabulary(const std::string& model);  // gguf_vocab.json: "gpt2" or "llama"
 
 }  // namespace sluice::fuzz

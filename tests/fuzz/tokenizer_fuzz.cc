@@ -9,11 +9,10 @@
 namespace sluice::fuzz {
 
 std::vector<std::string> Seeds() {
-  for (const auto& [name, content] :
-       {std::pair("tokenizer.json", SmallTokenizerJson()),
-        std::pair("tokenizer.json", SmallSentencePieceJson()),
-        std::pair("gguf_vocab.json", SmallGgufVocabulary("gpt2")),
-        std::pair("gguf_vocab.json", SmallGgufVocabulary("llama"))}) {
+  for (const auto& [name, content] : {std::pair("tokenizer.json", SmallTokenizerJson()),
+                                      std::pair("tokenizer.json", SmallSentencePieceJson()),
+                                      std::pair("gguf_vocab.json", SmallGgufVocabulary("gpt2")),
+                                      std::pair("gguf_vocab.json", SmallGgufVocabulary("llama"))}) {
     const auto sound = text::Tokenizer::Load({{name, content}});
     SLUICE_CHECK(sound.ok()) << sound.status();
   }
@@ -59,7 +58,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     SLUICE_CHECK(tokenizer.status().code() != absl::StatusCode::kInternal) << tokenizer.status();
     return 0;
   }
-  for (const char* words : {"", "ab <s>a\xC3\xA9\n 12", "  \xE2\x96\x81" "b</s>"}) {
+  for (const char* words : {"", "ab <s>a\xC3\xA9\n 12",
+                            "  \xE2\x96\x81"
+                            "b</s>"}) {
     for (const bool special : {false, true}) {
       const auto ids = (*tokenizer)->Encode(words, special, special);
       if (!ids.ok()) {

@@ -54,10 +54,9 @@ std::string Tensor(QuantFormat format, int64_t n, int64_t k, int64_t group_size)
 }  // namespace
 
 std::vector<std::string> Seeds() {
-  return {'\1' + Tensor(QuantFormat::kPlain, 2, 8, 0),
-          '\1' + Tensor(QuantFormat::kInt4Zero, 2, 64, 32),
-          '\0' + Tensor(QuantFormat::kTable4, 1, 64, 64),
-          '\1' + Tensor(QuantFormat::kInt8, 1, 32, 32)};
+  return {
+      '\1' + Tensor(QuantFormat::kPlain, 2, 8, 0), '\1' + Tensor(QuantFormat::kInt4Zero, 2, 64, 32),
+      '\0' + Tensor(QuantFormat::kTable4, 1, 64, 64), '\1' + Tensor(QuantFormat::kInt8, 1, 32, 32)};
 }
 
 }  // namespace sluice::fuzz

@@ -25,11 +25,10 @@ Parts BuildParts(const std::vector<ZipEntry>& entries) {
     const std::string name = entry.local_name.value_or(entry.name);
     const uint32_t local_size = entry.local_size.value_or(size);
     const uint32_t crc = entry.crc.value_or(0);
-    parts.members += "PK\x03\x04" + Number<uint16_t>(20) +
-                     Number(entry.local_flags.value_or(entry.flags)) + Number(entry.method) +
-                     Repeat<uint16_t>(0, 2) + Number(crc) + Repeat(local_size, 2) +
-                     Number<uint16_t>(name.size()) + Number<uint16_t>(0) + name + entry.data +
-                     entry.gap;
+    parts.members +=
+        "PK\x03\x04" + Number<uint16_t>(20) + Number(entry.local_flags.value_or(entry.flags)) +
+        Number(entry.method) + Repeat<uint16_t>(0, 2) + Number(crc) + Repeat(local_size, 2) +
+        Number<uint16_t>(name.size()) + Number<uint16_t>(0) + name + entry.data + entry.gap;
     parts.directory += "PK\x01\x02" + Repeat<uint16_t>(20, 2) + Number(entry.flags) +
                        Number(entry.method) + Repeat<uint16_t>(0, 2) + Number(crc) +
                        Number(packed) + Number(entry.unpacked_size.value_or(packed)) +
