@@ -57,6 +57,9 @@ TEST(BadFilesTest, ChatTemplates) {
   add("20,000 signs", "{{ " + Copies(20'000, "-") + "1 }}", "");
   add("20,000 nots", "{{ " + Copies(20'000, "not ") + "1 }}", "");
   add("20,000 filters", "{{ 1" + Copies(20'000, "|abs|a") + " }}", "");
+  // Found by tests/fuzz: a panic.
+  add("a tag that shares its sign", "{%}", "does not compile");
+  add("a tag that shares its sign, with a block", "{%}{% generation %}", "does not compile");
   // Found here: the parser's recursion ended the process.
   add("100,000 signs", "{{ " + Copies(100'000, "-") + "1 }}", "a tag of");
   add("20,000 words", "{{ a" + Copies(20'000, " and a") + " }}", "a tag of");

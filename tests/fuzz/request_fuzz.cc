@@ -1,4 +1,6 @@
 // A serialized GenerateRequest, as it comes from a client, up to what the scheduler gets.
+#include <google/protobuf/stubs/logging.h>
+
 #include <cmath>
 
 #include "kernels/core/check.h"
@@ -73,6 +75,8 @@ std::vector<std::string> Seeds() {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace sluice;  // NOLINT(google-build-using-namespace)
+  // protobuf would print a line for each string that is no UTF-8.
+  [[maybe_unused]] static auto* const before = google::protobuf::SetLogHandler(nullptr);
   static const auto* const kModel = new controller::ServedModel(fuzz::MakeModel());
   v1::GenerateRequest request;
   if (!request.ParseFromArray(data, static_cast<int>(size))) return 0;

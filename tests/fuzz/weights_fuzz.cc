@@ -1,4 +1,6 @@
 // The stream of weights from the loader to a worker. Input as in frame_fuzz.cc.
+#include <google/protobuf/stubs/logging.h>
+
 #include "kernels/core/check.h"
 #include "services/rpc/crc32c.h"
 #include "tests/fuzz/fuzz_target.h"
@@ -63,6 +65,8 @@ std::vector<std::string> Seeds() {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace sluice;  // NOLINT(google-build-using-namespace)
+  // protobuf would print a line for each string that is no UTF-8.
+  [[maybe_unused]] static auto* const before = google::protobuf::SetLogHandler(nullptr);
   if (size == 0) return 0;
   const bool repair = data[0] % 2 == 1;
   worker::TensorAssembler assembler(

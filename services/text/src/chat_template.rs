@@ -202,7 +202,8 @@ fn open_generation_blocks(source: &str) -> String {
     while let Some(at) = rest.find("{%") {
         let (before, tag) = rest.split_at(at);
         out.push_str(before);
-        let Some(length) = tag.find("%}").map(|end| end + 2) else {
+        // From the third byte on: "{%}" opens a tag and does not close it.
+        let Some(length) = tag[2..].find("%}").map(|end| end + 4) else {
             rest = tag;
             break;
         };
