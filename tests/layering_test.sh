@@ -39,6 +39,8 @@ tests/e2e            | tests/support proto services/rpc
 tests/kill_matrix    | tests/support tests/e2e proto services/rpc
 tests/bench          | tests/support tests/e2e proto services worker kernels
 tests/load           | proto
+tests/fuzz           | tests/services/checkpoint proto services worker kernels
+tests/bad_files      | tests/services/checkpoint tests/fuzz proto services kernels
 TABLE
 }
 
@@ -46,7 +48,7 @@ TABLE
 systems() {
   cat << 'SYSTEMS'
 ^grpcpp/|^grpc/|^grpc\+\+/|[.]grpc[.]pb[.]h$ | services/rpc services/controller services/loader services/gateway services/cli worker tests/worker tests/services tests/support tests/e2e tests/kill_matrix tests/bench | gRPC belongs to the shells of the services and of the worker
-[.]pb[.]h$|^google/protobuf/ | services worker tests/worker tests/services tests/support tests/e2e tests/kill_matrix tests/bench tests/load | kernels know no messages
+[.]pb[.]h$|^google/protobuf/ | services worker tests/worker tests/services tests/support tests/e2e tests/kill_matrix tests/bench tests/load tests/fuzz | kernels know no messages
 ^cuda|^cublas|^cooperative_groups|^mma[.]h$|^nvml|^device_launch|^driver_types | kernels/cuda tests/kernels/cuda | only kernels/cuda knows CUDA
 ^prometheus/ | services/metrics | only services/metrics knows prometheus-cpp
 SYSTEMS

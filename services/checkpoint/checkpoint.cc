@@ -15,8 +15,11 @@ namespace {
 
 absl::Status WithTensor(const absl::Status& status, const std::string& name) {
   if (status.ok()) return status;
-  return absl::Status(status.code(),
-                      absl::StrCat("tensor ", name, ": ", std::string(status.message())));
+  const std::string rule(status.message());
+  // Rules of values come from kernels/quant, which knows no files.
+  const char* const way_out =
+      absl::StrContains(rule, "; ") ? "" : "; the weights are damaged, download them again";
+  return absl::Status(status.code(), absl::StrCat("tensor ", name, ": ", rule, way_out));
 }
 
 // A folder without config.json that holds exactly one .gguf file stands for that file.
@@ -45,8 +48,10 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
   if (error) return absl::NotFoundError(absl::StrCat(path, ": ", error.message()));
   if (std::filesystem::is_directory(real, error)) return OpenFolder(real.string());
   if (!absl::EndsWith(path, ".gguf") && !absl::EndsWith(real.string(), ".gguf")) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        path, ": give the model's folder (with config.json and weights) or a .gguf file"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(path,
+                     ": neither a folder nor a .gguf file; give the model's folder (with "
+                     "config.json and weights) or a .gguf file"));
   }
   SLUICE_ASSIGN_OR_RETURN(const ModelDir dir, ModelDir::Open(real.parent_path().string()));
   return OpenGgufCheckpoint(dir, real.filename().string());

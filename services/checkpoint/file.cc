@@ -38,7 +38,8 @@ absl::Status CheckBaseName(const std::string& name) {
   if (plain) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("file name \"", Printable(name),
-                   "\": must be one plain name inside the model's folder, without a path"));
+                   "\": must be one plain name inside the model's folder, without a path; put the "
+                   "file there"));
 }
 
 absl::Status NotRegular(const std::string& name) {
@@ -66,7 +67,8 @@ absl::Status File::ReadAt(uint64_t offset, uint64_t size, void* out) const {
     if (got <= 0) {
       return absl::DataLossError(absl::StrCat(
           name_, ": cannot read at byte ", offset + done, ": ",
-          got == 0 ? "the file became shorter while it was read" : std::strerror(errno)));
+          got == 0 ? "the file became shorter while it was read" : std::strerror(errno),
+          "; restart the loader when the file is complete"));
     }
     done += static_cast<uint64_t>(got);
   }
@@ -81,8 +83,9 @@ absl::Status File::ReadAt(uint64_t offset, uint64_t size, void* out) const {
 
 absl::StatusOr<std::string> File::ReadAll(uint64_t cap) const {
   if (size_ > cap) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(name_, ": ", size_, " bytes, more than the ", cap, " allowed for this file"));
+    return absl::InvalidArgumentError(absl::StrCat(name_, ": ", size_, " bytes, more than the ",
+                                                   cap,
+                                                   " allowed for this file; download it again"));
   }
   std::string text(size_, '\0');
   SLUICE_RETURN_IF_ERROR(ReadAt(0, size_, text.data()));
@@ -139,7 +142,9 @@ absl::StatusOr<int> ModelDir::OpenLink(const std::string& name) const {
   std::error_code error;
   const std::string target = std::filesystem::canonical(path_ + "/" + name, error).string();
   if (error) {
-    return absl::NotFoundError(absl::StrCat(name, ": a link that leads to nothing"));
+    // Not NOT_FOUND: a file that may be absent is broken when only its link is there.
+    return absl::InvalidArgumentError(absl::StrCat(
+        name, ": a link that leads to nothing, as after a broken download; download it again"));
   }
   if (target.compare(0, root_.size() + 1, root_ + "/") != 0) {
     return absl::InvalidArgumentError(

@@ -175,8 +175,8 @@ absl::Status ReadState(const StoredTensor& state, const ExpectedTensor& expected
   constexpr uint64_t kMaxStateBytes = 65'536;
   const std::string what = absl::StrCat(state.file->name(), ": tensor ", state.name);
   if (state.dtype.name != "U8" || state.bytes > kMaxStateBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(what, " must be U8 of at most ", kMaxStateBytes, " bytes"));
+    return absl::InvalidArgumentError(absl::StrCat(what, " must be U8 of at most ", kMaxStateBytes,
+                                                   " bytes; save the model again"));
   }
   std::string text(state.bytes, '\0');
   SLUICE_RETURN_IF_ERROR(ReadStored(state, text.data()));
@@ -217,8 +217,8 @@ absl::Status CheckShapes(const BnbParts& parts, const ExpectedTensor& expected) 
   const uint64_t outer = (blocks + parts.nested_block_size - 1) / parts.nested_block_size;
   SLUICE_RETURN_IF_ERROR(CheckStored(*parts.nested_absmax, "F32", {outer}));
   if (parts.nested_quant_map == nullptr) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("tensor ", parts.weight.name, ".nested_quant_map is missing"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "tensor ", parts.weight.name, ".nested_quant_map is missing; save the model again"));
   }
   return CheckStored(*parts.nested_quant_map, "F32", {256});
 }

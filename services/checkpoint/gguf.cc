@@ -11,7 +11,8 @@
 namespace sluice::checkpoint {
 namespace {
 
-constexpr uint64_t kMaxHeaderBytes = 128'000'000;
+constexpr uint64_t kMaxHeaderBytes = 32'000'000;
+constexpr uint64_t kMaxValueBytes = 32 << 20;  // Of all keys in memory.
 constexpr uint64_t kMaxEntries = 100'000;
 constexpr uint64_t kMaxKeyBytes = 256;
 constexpr uint64_t kMaxNameBytes = 512;
@@ -84,6 +85,24 @@ class Cursor {
   uint64_t position_ = 0;
   std::string window_;
   size_t used_ = 0;  // Bytes of the window already handed out.
+};
+
+// Counts what values take in memory against kMaxValueBytes: a byte of the file may become eight.
+class Budget {
+ public:
+  explicit Budget(const File& file) : file_(file) {}
+  absl::Status Take(uint64_t bytes) {
+    if (bytes > left_) {
+      return Bad(file_, absl::StrCat("values of more than ", kMaxValueBytes, " bytes"));
+    }
+    left_ -= bytes;
+    return absl::OkStatus();
+  }
+  absl::Status TakeText(uint64_t size) { return size > 15 ? Take(size + 16) : absl::OkStatus(); }
+
+ private:
+  const File& file_;
+  uint64_t left_ = kMaxValueBytes;
 };
 
 template <typename T>
@@ -164,7 +183,7 @@ absl::StatusOr<GgufType> ReadType(const File& file, Cursor* cursor) {
   return static_cast<GgufType>(number);
 }
 
-absl::Status ReadArray(const File& file, Cursor* cursor, GgufValue* value) {
+absl::Status ReadArray(const File& file, Cursor* cursor, Budget* budget, GgufValue* value) {
   SLUICE_ASSIGN_OR_RETURN(value->element, ReadType(file, cursor));
   SLUICE_ASSIGN_OR_RETURN(const uint64_t count, cursor->Number<uint64_t>());
   if (value->element == GgufType::kArray) return Bad(file, "an array of arrays");
@@ -173,9 +192,20 @@ absl::Status ReadArray(const File& file, Cursor* cursor, GgufValue* value) {
   if (count > kMaxElements || count > cursor->remaining() / least) {
     return Bad(file, absl::StrCat("an array of ", count, " elements at byte ", cursor->position()));
   }
+  if (strings) {
+    SLUICE_RETURN_IF_ERROR(budget->Take(count * sizeof(std::string)));
+    value->texts.reserve(count);
+  } else if (IsFloat(value->element)) {
+    SLUICE_RETURN_IF_ERROR(budget->Take(count * sizeof(float)));
+    value->floats.reserve(count);
+  } else {
+    SLUICE_RETURN_IF_ERROR(budget->Take(count * sizeof(int64_t)));
+    value->integers.reserve(count);
+  }
   for (uint64_t i = 0; i < count; ++i) {
     if (strings) {
       SLUICE_ASSIGN_OR_RETURN(std::string text, cursor->String(kMaxStringBytes));
+      SLUICE_RETURN_IF_ERROR(budget->TakeText(text.size()));
       value->texts.push_back(std::move(text));
       continue;
     }
@@ -208,13 +238,23 @@ class GgufParser {
     }
     for (uint64_t i = 0; i < count_; ++i) SLUICE_RETURN_IF_ERROR(ParseTensor());
     SLUICE_RETURN_IF_ERROR(PlaceTensors(alignment));
-    std::string header(cursor_.position(), '\0');
-    SLUICE_RETURN_IF_ERROR(file_.ReadAt(0, header.size(), header.data()));
-    gguf_->header_hash_ = HexHash(header);
-    return absl::OkStatus();
+    return HashHeader();
   }
 
  private:
+  absl::Status HashHeader() {
+    constexpr uint64_t kPieceBytes = 1 << 20;
+    Hasher hasher;
+    std::string piece;
+    for (uint64_t at = 0; at < cursor_.position(); at += piece.size()) {
+      piece.resize(std::min(kPieceBytes, cursor_.position() - at));
+      SLUICE_RETURN_IF_ERROR(file_.ReadAt(at, piece.size(), piece.data()));
+      hasher.Add(piece);
+    }
+    gguf_->header_hash_ = hasher.Hex();
+    return absl::OkStatus();
+  }
+
   absl::Status ParseStart() {
     std::string begin(std::min<uint64_t>(file_.size(), 64), '\0');
     SLUICE_RETURN_IF_ERROR(file_.ReadAt(0, begin.size(), begin.data()));
@@ -242,12 +282,14 @@ class GgufParser {
 
   absl::Status ParseKey() {
     SLUICE_ASSIGN_OR_RETURN(std::string key, cursor_.String(kMaxKeyBytes));
+    SLUICE_RETURN_IF_ERROR(budget_.Take(2 * sizeof(GgufValue) + key.size()));
     GgufValue value;
     SLUICE_ASSIGN_OR_RETURN(value.type, ReadType(file_, &cursor_));
     if (value.type == GgufType::kArray) {
-      SLUICE_RETURN_IF_ERROR(ReadArray(file_, &cursor_, &value));
+      SLUICE_RETURN_IF_ERROR(ReadArray(file_, &cursor_, &budget_, &value));
     } else if (value.type == GgufType::kString) {
       SLUICE_ASSIGN_OR_RETURN(value.text, cursor_.String(kMaxStringBytes));
+      SLUICE_RETURN_IF_ERROR(budget_.TakeText(value.text.size()));
     } else {
       SLUICE_RETURN_IF_ERROR(ReadScalar(&cursor_, value.type, &value));
     }
@@ -259,7 +301,9 @@ class GgufParser {
 
   absl::Status ParseTensor() {
     GgufTensor tensor;
+    SLUICE_RETURN_IF_ERROR(budget_.Take(2 * sizeof(GgufTensor)));
     SLUICE_ASSIGN_OR_RETURN(tensor.name, cursor_.String(kMaxNameBytes));
+    SLUICE_RETURN_IF_ERROR(budget_.TakeText(2 * tensor.name.size()));
     const std::string what = absl::StrCat(file_.name(), ": tensor ", tensor.name);
     SLUICE_ASSIGN_OR_RETURN(const uint32_t dims, cursor_.Number<uint32_t>());
     if (tensor.name.empty() || dims < 1 || dims > kMaxDims) {
@@ -269,8 +313,8 @@ class GgufParser {
     for (uint32_t i = 0; i < dims; ++i) {
       SLUICE_ASSIGN_OR_RETURN(const uint64_t dim, cursor_.Number<uint64_t>());
       if (dim < 1 || dim > kMaxDim) {
-        return absl::InvalidArgumentError(
-            absl::StrCat(what, ": dimension ", dim, " is out of range 1..2^31-1"));
+        return absl::InvalidArgumentError(absl::StrCat(
+            what, ": dimension ", dim, " is out of range 1..2^31-1; download the file again"));
       }
       tensor.shape[dims - 1 - i] = dim;
     }
@@ -318,6 +362,7 @@ class GgufParser {
   GgufFile* const gguf_;
   const File& file_;
   Cursor cursor_;
+  Budget budget_{file_};
   uint64_t count_ = 0;
   uint64_t keys_ = 0;
 };

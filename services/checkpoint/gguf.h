@@ -6,7 +6,8 @@
 //   tensors: string name, u32 dims, u64 dims[], u32 type, u64 offset; dims[0] is the fastest (columns)
 //   data:    from the next multiple of general.alignment (32), each tensor from a multiple of it
 //
-// Caps: header 128 MB, 100,000 tensors and keys, key names 256 bytes, tensor names 512, strings 4 MB,
+// Caps: header 32 MB, 32 MiB of values in memory, 100,000 tensors and keys, key names 256 bytes,
+// tensor names 512, strings 4 MB,
 // 4,000,000 array elements. Values are read by typed accessors: a value of another type than
 // asked for is an error, never cast.
 #pragma once

@@ -41,8 +41,9 @@ double Llama3Factor(const RopeConfig& rope, double frequency) {
 absl::Status MatchLlama3(const GgufFile& gguf, const GgufTensor& freqs, ModelConfig* config) {
   const uint64_t half = config->head_dim() / 2;
   if (freqs.dtype.name != "F32" || freqs.shape != Shape{half}) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(gguf.file().name(), ": tensor rope_freqs.weight must be F32 [", half, "]"));
+    return absl::InvalidArgumentError(absl::StrCat(gguf.file().name(),
+                                                   ": tensor rope_freqs.weight must be F32 [", half,
+                                                   "]; convert the model again"));
   }
   std::vector<float> stored(half);
   SLUICE_RETURN_IF_ERROR(gguf.file().ReadAt(freqs.offset, freqs.bytes, stored.data()));
@@ -111,6 +112,10 @@ absl::Status SetShape(const GgufFile& gguf, ModelConfig* config) {
   uint64_t head_dim = hidden / heads;
   if (gguf.Has("llama.attention.key_length")) {
     SLUICE_ASSIGN_OR_RETURN(head_dim, uint("llama.attention.key_length"));
+  } else if (hidden % heads != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        gguf.file().name(), ": key llama.embedding_length ", hidden,
+        " is no multiple of llama.attention.head_count ", heads, "; convert the model again"));
   }
   SLUICE_ASSIGN_OR_RETURN(const double eps,
                           gguf.Double("llama.attention.layer_norm_rms_epsilon", 0, 1));
@@ -158,7 +163,8 @@ absl::Status CopyVocabularyKeys(const GgufFile& gguf, uint32_t vocab_size, Json*
     if (id == kMaxUint32) continue;  // -1: there is none.
     if (id >= vocab_size) {
       return absl::InvalidArgumentError(absl::StrCat(gguf.file().name(), ": key ", key, " = ", id,
-                                                     " is outside the vocabulary of ", vocab_size));
+                                                     " is outside the vocabulary of ", vocab_size,
+                                                     "; convert the model again"));
     }
     (*out)[name] = id;
   }
@@ -242,20 +248,26 @@ absl::StatusOr<std::string> GgufVocabularyJson(const GgufFile& gguf, uint32_t vo
   SLUICE_ASSIGN_OR_RETURN(json["model"], gguf.Text("tokenizer.ggml.model"));
   SLUICE_ASSIGN_OR_RETURN(const auto* tokens, gguf.Texts("tokenizer.ggml.tokens"));
   if (tokens->empty() || tokens->size() > kMaxVocab || tokens->size() > vocab_size) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(gguf.file().name(), ": key tokenizer.ggml.tokens holds ", tokens->size(),
-                     " tokens for an embedding table of ", vocab_size, " rows"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        gguf.file().name(), ": key tokenizer.ggml.tokens holds ", tokens->size(),
+        " tokens for an embedding table of ", vocab_size, " rows; convert the model again"));
   }
-  json["tokens"] = *tokens;
   const auto same_length = [&](const char* key, size_t size) {
     if (size == tokens->size()) return absl::OkStatus();
     return absl::InvalidArgumentError(absl::StrCat(gguf.file().name(), ": key ", key, " holds ",
                                                    size, " values for ", tokens->size(),
-                                                   " tokens"));
+                                                   " tokens; convert the model again"));
   };
   if (gguf.Has("tokenizer.ggml.scores")) {
     SLUICE_ASSIGN_OR_RETURN(const auto* scores, gguf.Floats("tokenizer.ggml.scores"));
     SLUICE_RETURN_IF_ERROR(same_length("tokenizer.ggml.scores", scores->size()));
+    const auto bad = std::find_if_not(scores->begin(), scores->end(),
+                                      [](float score) { return std::isfinite(score); });
+    if (bad != scores->end()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(gguf.file().name(), ": key tokenizer.ggml.scores, element ",
+                       bad - scores->begin(), ": must be finite; convert the model again"));
+    }
     json["scores"] = *scores;
   }
   if (gguf.Has("tokenizer.ggml.token_type")) {
@@ -268,6 +280,7 @@ absl::StatusOr<std::string> GgufVocabularyJson(const GgufFile& gguf, uint32_t vo
     json["merges"] = *merges;
   }
   SLUICE_RETURN_IF_ERROR(CopyVocabularyKeys(gguf, vocab_size, &json));
+  json["tokens"] = *tokens;
   return json.dump(-1, ' ', /*ensure_ascii=*/false, Json::error_handler_t::replace);
 }
 

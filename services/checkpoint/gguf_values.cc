@@ -17,7 +17,8 @@ bool IsInteger(GgufType type) {
 }
 
 absl::Status Bad(const File& file, const std::string& key, const std::string& rule) {
-  return absl::InvalidArgumentError(absl::StrCat(file.name(), ": key ", key, " ", rule));
+  return absl::InvalidArgumentError(
+      absl::StrCat(file.name(), ": key ", key, " ", rule, "; convert the model again"));
 }
 
 }  // namespace
@@ -29,7 +30,7 @@ const GgufTensor* GgufFile::Find(const std::string& name) const {
 
 absl::StatusOr<const GgufValue*> GgufFile::Value(const std::string& key) const {
   const auto it = values_.find(key);
-  if (it == values_.end()) return Bad(*file_, key, "is missing; convert the model again");
+  if (it == values_.end()) return Bad(*file_, key, "is missing");
   return &it->second;
 }
 

@@ -9,15 +9,28 @@
 
 namespace sluice::checkpoint {
 
-// FNV-1a, 64 bits, from two starting values.
-inline std::string HexHash(const std::string& text) {
-  constexpr uint64_t kPrime = 0x100000001B3;
-  uint64_t first = 0xCBF29CE484222325, second = 0x9AE16A3B2F90404F;
-  for (const char c : text) {
-    first = (first ^ static_cast<uint8_t>(c)) * kPrime;
-    second = (second ^ static_cast<uint8_t>(c)) * kPrime + (first >> 32);
+// FNV-1a, 64 bits, from two starting values; of a text that comes in pieces.
+class Hasher {
+ public:
+  void Add(const std::string& piece) {
+    constexpr uint64_t kPrime = 0x100000001B3;
+    for (const char c : piece) {
+      first_ = (first_ ^ static_cast<uint8_t>(c)) * kPrime;
+      second_ = (second_ ^ static_cast<uint8_t>(c)) * kPrime + (first_ >> 32);
+    }
   }
-  return absl::StrCat(absl::Hex(first, absl::kZeroPad16), absl::Hex(second, absl::kZeroPad16));
+  std::string Hex() const {
+    return absl::StrCat(absl::Hex(first_, absl::kZeroPad16), absl::Hex(second_, absl::kZeroPad16));
+  }
+
+ private:
+  uint64_t first_ = 0xCBF29CE484222325, second_ = 0x9AE16A3B2F90404F;
+};
+
+inline std::string HexHash(const std::string& text) {
+  Hasher hasher;
+  hasher.Add(text);
+  return hasher.Hex();
 }
 
 }  // namespace sluice::checkpoint

@@ -132,14 +132,15 @@ absl::StatusOr<std::string> ResolveModel(const std::string& model, const std::st
   }
   if (!IsPlainName(model, /*max_parts=*/2) || absl::EndsWith(model, ".gguf")) {
     return absl::NotFoundError(absl::StrCat(
-        model,
+        ListText({model}),
         ": No such file or directory; give a Hugging Face model folder, a .gguf file, or "
         "the name (org/name) of a model of the Hugging Face cache"));
   }
   const std::string wanted = revision.empty() ? "main" : revision;
   if (!IsPlainName(wanted, /*max_parts=*/8)) {
     return absl::InvalidArgumentError(
-        "--revision must be a branch, a tag or a commit: letters, digits, '.', '_', '-', '/'");
+        "--revision must be a branch, a tag or a commit; letters, digits, '.', '_', '-', '/' are "
+        "allowed");
   }
   const std::string hub = HubFolder();
   const std::string folder =

@@ -88,8 +88,9 @@ class HfCheckpoint : public ReaderCheckpoint {
       if (absl::IsNotFound(file.status())) continue;
       if (!file.ok()) return file.status();
       if ((*file)->size() > kMaxSmallFileBytes) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            name, ": ", (*file)->size(), " bytes, more than the ", kMaxSmallFileBytes, " allowed"));
+        return absl::InvalidArgumentError(absl::StrCat(name, ": ", (*file)->size(),
+                                                       " bytes, more than the ", kMaxSmallFileBytes,
+                                                       " allowed; download it again"));
       }
       internal::v1::FileInfo* info = description_.add_files();
       info->set_name(name);

@@ -72,10 +72,10 @@ absl::Status SetSpecialTokens(const Json& json, const Json& generation, uint32_t
     if (ids.empty()) ReadTokenIds(json, key, &fields, &ids);
     const bool absent = !gen.contains(key) && !json.contains(key);
     if (key[0] == 'e') {
-      if (absent) ids = {2};
+      if (absent && config->vocab_size() > 2) ids = {2};
       for (const uint32_t id : ids) config->add_eos_token_ids(id);
     } else {
-      if (absent) ids = {default_bos};
+      if (absent && config->vocab_size() > default_bos) ids = {default_bos};
       if (!ids.empty()) config->set_bos_token_id(ids[0]);
     }
   }
@@ -242,7 +242,8 @@ absl::StatusOr<ModelConfig> ParseHfConfig(const Json& json, const Json& generati
 
 absl::Status CheckModelConfig(const ModelConfig& config, const std::string& file) {
   const auto bad = [&file](const std::string& rule) {
-    return absl::InvalidArgumentError(absl::StrCat(file, ": ", rule));
+    return absl::InvalidArgumentError(
+        absl::StrCat(file, ": ", rule, "; correct it, or download the file again"));
   };
   const auto within = [](uint64_t value, uint64_t limit) { return value >= 1 && value <= limit; };
   if (!within(config.num_layers(), kMaxLayers)) return bad("layers must be 1 to 1000");
@@ -267,6 +268,16 @@ absl::Status CheckModelConfig(const ModelConfig& config, const std::string& file
   }
   if (!(config.norm_eps() >= 0 && config.norm_eps() <= 1))
     return bad("norm epsilon must be 0 to 1");
+  for (const uint32_t id : config.eos_token_ids()) {
+    if (id >= config.vocab_size()) {
+      return bad(
+          absl::StrCat("eos_token_id ", id, " is not below vocab_size ", config.vocab_size()));
+    }
+  }
+  if (config.has_bos_token_id() && config.bos_token_id() >= config.vocab_size()) {
+    return bad(absl::StrCat("bos_token_id ", config.bos_token_id(), " is not below vocab_size ",
+                            config.vocab_size()));
+  }
   return absl::OkStatus();
 }
 

@@ -14,7 +14,8 @@ namespace sluice::checkpoint {
 absl::StatusOr<internal::v1::ModelConfig> ParseHfConfig(const Json& config, const Json& generation);
 
 // Rules that hold for every source: counts within 1,000 layers, 2^17 hidden, 2^21 vocabulary; kv
-// heads divide heads; an even head size where there is rope. `file` starts the message.
+// heads divide heads; an even head size where there is rope; eos and bos inside of the vocabulary.
+// `file` starts the message.
 absl::Status CheckModelConfig(const internal::v1::ModelConfig& config, const std::string& file);
 
 }  // namespace sluice::checkpoint

@@ -10,7 +10,29 @@ namespace sluice::checkpoint {
 namespace {
 
 constexpr size_t kMaxDepth = 32;
-constexpr size_t kMaxValues = 2'000'000;
+constexpr size_t kMaxMemory = 24 << 20;      // Of all values together, as estimated below.
+constexpr size_t kMaxStringBytes = 1 << 20;  // The parser holds a string twice while it grows.
+
+// What a value takes: an element of a list while the list grows, a member with its node, a string
+// or container with its own block.
+constexpr size_t kElementBytes = 48, kMemberBytes = 112, kBlockBytes = 64;
+size_t StringBytes(size_t size) { return size > 15 ? size + 32 : 0; }
+
+// Whether a string of `text`, broken JSON or not, is longer than the cap.
+bool HasLongString(const std::string& text) {
+  size_t begin = 0;
+  bool inside = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (inside && text[i] == '\\') {
+      ++i;
+    } else if (text[i] == '"') {
+      inside = !inside;
+      begin = i;
+    }
+    if (inside && i - begin > kMaxStringBytes) return true;
+  }
+  return false;
+}
 
 // Builds a Json from parse events and stops at the first broken cap; no exception is thrown.
 class CappedBuilder : public nlohmann::json_sax<Json> {
@@ -26,7 +48,9 @@ class CappedBuilder : public nlohmann::json_sax<Json> {
     if (!std::isfinite(value)) return Fail("a number out of range");
     return Add(value) != nullptr;
   }
-  bool string(string_t& value) override { return Add(std::move(value)) != nullptr; }
+  bool string(string_t& value) override {
+    return Charge(kBlockBytes + StringBytes(value.size())) && Add(std::move(value)) != nullptr;
+  }
   bool binary(binary_t&) override { return Fail("binary data"); }
   bool start_object(std::size_t) override { return Push(Json::object()); }
   bool start_array(std::size_t) override { return Push(Json::array()); }
@@ -37,7 +61,7 @@ class CappedBuilder : public nlohmann::json_sax<Json> {
       return Fail(absl::StrCat("key \"", name.substr(0, 200), "\" appears twice in one object"));
     }
     key_ = std::move(name);
-    return true;
+    return Charge(kMemberBytes + StringBytes(key_.size()));
   }
   bool parse_error(std::size_t position, const std::string&,
                    const nlohmann::detail::exception& error) override {
@@ -51,18 +75,21 @@ class CappedBuilder : public nlohmann::json_sax<Json> {
     return false;
   }
 
+  bool Charge(size_t bytes) {
+    memory_ += bytes;
+    return memory_ <= kMaxMemory ||
+           Fail(absl::StrCat("values of more than ", kMaxMemory, " bytes"));
+  }
+
   template <typename T>
   Json* Add(T&& value) {
-    if (++values_ > kMaxValues) {
-      Fail(absl::StrCat("more than ", kMaxValues, " values"));
-      return nullptr;
-    }
     if (stack_.empty()) {
       *root_ = std::forward<T>(value);
       return root_;
     }
     Json& parent = *stack_.back();
     if (parent.is_array()) {
+      if (!Charge(kElementBytes)) return nullptr;
       parent.push_back(std::forward<T>(value));
       return &parent.back();
     }
@@ -73,7 +100,7 @@ class CappedBuilder : public nlohmann::json_sax<Json> {
 
   bool Push(Json container) {
     if (stack_.size() >= kMaxDepth) return Fail(absl::StrCat("deeper than ", kMaxDepth, " levels"));
-    Json* added = Add(std::move(container));
+    Json* added = Charge(kBlockBytes) ? Add(std::move(container)) : nullptr;
     if (added == nullptr) return false;
     stack_.push_back(added);
     return true;
@@ -88,12 +115,16 @@ class CappedBuilder : public nlohmann::json_sax<Json> {
   std::vector<Json*> stack_;  // Open containers; a parent is not touched while a child is open.
   std::string key_;
   std::string error_;
-  size_t values_ = 0;
+  size_t memory_ = 0;
 };
 
 }  // namespace
 
 absl::StatusOr<Json> ParseJsonObject(const std::string& text, const std::string& file) {
+  if (HasLongString(text)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        file, ": a string of more than ", kMaxStringBytes, " bytes; download the file again"));
+  }
   Json root;
   CappedBuilder builder(&root);
   if (!Json::sax_parse(text, &builder)) {
@@ -101,7 +132,8 @@ absl::StatusOr<Json> ParseJsonObject(const std::string& text, const std::string&
         absl::StrCat(file, ": ", builder.error(), "; download the file again"));
   }
   if (!root.is_object()) {
-    return absl::InvalidArgumentError(absl::StrCat(file, ": must hold one JSON object"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(file, ": must hold one JSON object; download the file again"));
   }
   return root;
 }
@@ -122,7 +154,8 @@ bool JsonFields::Has(const char* key) const { return Find(key) != nullptr; }
 
 void JsonFields::Fail(const char* key, const std::string& rule) {
   if (!status_.ok()) return;
-  status_ = absl::InvalidArgumentError(absl::StrCat(file_, ": ", key, " ", rule));
+  status_ = absl::InvalidArgumentError(
+      absl::StrCat(file_, ": ", key, " ", rule, "; correct it, or download the file again"));
 }
 
 uint64_t JsonFields::Uint(const char* key, uint64_t lo, uint64_t hi) {

@@ -13,8 +13,8 @@ namespace sluice::checkpoint {
 using Json = nlohmann::json;
 
 // Parses one JSON object. INVALID_ARGUMENT, naming `file`: broken JSON, a value other than an
-// object, deeper than 32 levels, a key twice in one object, a number out of range, more than
-// 2,000,000 values.
+// object, deeper than 32 levels, a key twice in one object, a number out of range, a string of more
+// than 1 MiB, values that would take more than 24 MiB.
 absl::StatusOr<Json> ParseJsonObject(const std::string& text, const std::string& file);
 
 // Whether `value` is a whole number from 0 to 2^64 - 1; then `number` takes it.

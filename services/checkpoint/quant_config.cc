@@ -115,6 +115,7 @@ absl::Status ParseGptq(const Json& merged, JsonFields* fields, QuantConfig* conf
   const std::string pack = fields->TextOr("pack_dtype", "int32");
   const bool marlin = fields->BoolOr("is_marlin_format", false);
   const bool sym = fields->BoolOr("sym", true);
+  fields->BoolOr("desc_act", false);  // The tensors tell; a broken file is refused all the same.
   SLUICE_RETURN_IF_ERROR(fields->status());
   if (marlin || format == "marlin") {
     return Unsupported(fields->file(), "the Marlin layout",

@@ -5,7 +5,8 @@
 //                  "__metadata__": {...}}
 //   rest     the data; offsets count from here, are contiguous and cover it exactly
 //
-// Caps: header 25 MB, 100,000 tensors, name 512 bytes, JSON depth 32. The header alone is read.
+// Caps: header 25 MB, what json.h allows (about 35,000 tensors), name 512 bytes. The header alone
+// is read.
 #pragma once
 
 #include "absl/status/statusor.h"

@@ -66,7 +66,7 @@ absl::StatusOr<uint64_t> TensorBytes(const SourceDType& dtype, const Shape& shap
   if (last % dtype.block_elements != 0) {
     return absl::InvalidArgumentError(absl::StrCat(
         what, ": shape ", ShapeText(shape), ": ", last, " columns are no multiple of the ",
-        dtype.block_elements, " of a ", dtype.name, " block"));
+        dtype.block_elements, " of a ", dtype.name, " block; download or save the file again"));
   }
   uint64_t bytes = dtype.block_bytes;
   bool overflow = false;
@@ -76,7 +76,8 @@ absl::StatusOr<uint64_t> TensorBytes(const SourceDType& dtype, const Shape& shap
   }
   if (overflow || bytes > static_cast<uint64_t>(INT64_MAX)) {
     return absl::InvalidArgumentError(
-        absl::StrCat(what, ": shape ", ShapeText(shape), " has too many elements"));
+        absl::StrCat(what, ": shape ", ShapeText(shape),
+                     " has too many elements; download or save the file again"));
   }
   return bytes;
 }

@@ -76,7 +76,8 @@ absl::Status TensorSet::OpenIndex(const ModelDir& dir, const File& index,
     absl::StatusOr<std::unique_ptr<File>> file = dir.OpenFile(shard);
     if (!file.ok()) {
       return absl::Status(file.status().code(),
-                          absl::StrCat(index.name(), ": ", std::string(file.status().message())));
+                          absl::StrCat(index.name(), ": ", std::string(file.status().message()),
+                                       "; download what the index names"));
     }
     SLUICE_RETURN_IF_ERROR(AddFile(*std::move(file), container));
   }

@@ -113,6 +113,10 @@ class TorchFile {
     }
     std::string content(it->second.size, '\0');
     SLUICE_RETURN_IF_ERROR(file_.ReadAt(it->second.offset, it->second.size, content.data()));
+    if (!ChecksumFits(it->second, content)) {
+      return BrokenFile(file_.name(), absl::StrCat("zip member ", root_, name,
+                                                   " does not have the checksum that is stored"));
+    }
     return content;
   }
 

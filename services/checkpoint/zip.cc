@@ -1,6 +1,7 @@
 #include "services/checkpoint/zip.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "absl/container/flat_hash_set.h"
@@ -215,7 +216,24 @@ absl::Status CheckLayout(const std::vector<std::pair<uint64_t, ZipMember>>& memb
   return absl::OkStatus();
 }
 
+constexpr std::array<uint32_t, 256> MakeCrcTable() {
+  std::array<uint32_t, 256> table{};
+  for (uint32_t i = 0; i < 256; ++i) {
+    uint32_t crc = i;
+    for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc % 2 == 1 ? 0xEDB88320U : 0);
+    table[i] = crc;
+  }
+  return table;
+}
+
 }  // namespace
+
+bool ChecksumFits(const ZipMember& member, const std::string& content) {
+  static constexpr std::array<uint32_t, 256> kTable = MakeCrcTable();
+  uint32_t crc = ~0U;
+  for (const char c : content) crc = crc >> 8 ^ kTable[(crc ^ static_cast<uint8_t>(c)) & 0xFF];
+  return member.crc == 0 || member.crc == ~crc;
+}
 
 absl::StatusOr<std::vector<ZipMember>> ReadZipDirectory(const File& file) {
   SLUICE_ASSIGN_OR_RETURN(const Directory directory, FindDirectory(file));
@@ -248,6 +266,7 @@ absl::StatusOr<std::vector<ZipMember>> ReadZipDirectory(const File& file) {
     SLUICE_RETURN_IF_ERROR(CheckHeader(entry, what));
     SLUICE_ASSIGN_OR_RETURN(member.offset, CheckLocal(file, entry, member.name, directory.offset));
     member.size = entry.size;
+    member.crc = entry.crc;
     if (!names.insert(member.name).second) return BrokenFile(what, "is there twice");
     members.emplace_back(entry.offset, std::move(member));
     at += kEntryBytes + rest;

@@ -6,7 +6,8 @@
 //   end          zip64 record and locator if needed, then 22 bytes "PK\5\6" without a comment
 //
 // Every field that says the same thing twice must agree: tools that look at different copies see
-// different archives. Checksums are not read: they would need all the data.
+// different archives. Checksums are kept for whoever reads a member as a whole: here it would need
+// all the data.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,11 @@ struct ZipMember {
   std::string name;     // With folders: "archive/data/0". No "..", no absolute path.
   uint64_t offset = 0;  // Of the content, from the start of the file.
   uint64_t size = 0;
+  uint32_t crc = 0;  // CRC-32 of the content; 0: torch.save was told to write none.
 };
+
+// Whether `content` has the checksum that the directory gives, or the directory gives none.
+bool ChecksumFits(const ZipMember& member, const std::string& content);
 
 // The members by offset. INVALID_ARGUMENT, naming file, member and rule: not a zip archive, cut
 // off, several disks, more than 40,000 members or 4 MB of directory, a compressed or encrypted

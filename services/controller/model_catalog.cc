@@ -96,6 +96,12 @@ absl::StatusOr<std::shared_ptr<const ServedModel>> MakeServedModel(
                         shards.config().eos_token_ids().end());
   const auto& more = model->tokenizer->eos_token_ids();
   model->eos_ids.insert(model->eos_ids.end(), more.begin(), more.end());
+  // A tokenizer may know more ids than the model has rows. Nothing can sample them, and the workers
+  // refuse a step that names one.
+  const uint32_t vocab_size = shards.config().vocab_size();
+  model->eos_ids.erase(std::remove_if(model->eos_ids.begin(), model->eos_ids.end(),
+                                      [vocab_size](uint32_t id) { return id >= vocab_size; }),
+                       model->eos_ids.end());
   std::sort(model->eos_ids.begin(), model->eos_ids.end());
   model->eos_ids.erase(std::unique(model->eos_ids.begin(), model->eos_ids.end()),
                        model->eos_ids.end());

@@ -92,6 +92,15 @@ unsafe fn guard(error: *mut Owned<u8>, body: impl FnOnce() -> Result<()>) -> i32
     }
 }
 
+/// What to do about a file that is refused, unless the error says so itself.
+fn with_way_out(error: TextError) -> TextError {
+    let message = match error.message.contains("; ") {
+        true => error.message,
+        false => format!("{}; use the file as its author published it", error.message),
+    };
+    TextError { message, ..error }
+}
+
 #[no_mangle]
 pub unsafe extern "C" fn sluice_text_free_bytes(bytes: Owned<u8>) {
     bytes.free();
@@ -115,7 +124,7 @@ pub unsafe extern "C" fn sluice_text_load(
         for file in items(files, num_files) {
             named.insert(file.first.text("a file name")?.to_owned(), file.second.bytes());
         }
-        let loaded = Model::load(&named)?;
+        let loaded = Model::load(&named).map_err(with_way_out)?;
         *model = Box::into_raw(Box::new(ModelHandle(Arc::new(loaded))));
         Ok(())
     })

@@ -1,5 +1,5 @@
-//! Reads JSON of a model: depth and number of values are capped and a key that appears twice is
-//! refused.
+//! Reads JSON of a model: depth and the memory of all values are capped and a key that appears twice
+//! is refused.
 
 use std::cell::Cell;
 use std::fmt;
@@ -8,16 +8,22 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess,
 use serde_json::{Map, Value};
 
 use crate::error::{invalid, Result};
-use crate::limits::{MAX_JSON_DEPTH, MAX_JSON_NODES};
+use crate::limits::{JSON_BASE_MEMORY, JSON_MEMORY_PER_BYTE, MAX_JSON_DEPTH};
+
+/// What a value takes: its place in a list that grows, a member with its node, a string's block.
+const ELEMENT_BYTES: usize = 64;
+const MEMBER_BYTES: usize = 112;
+const BLOCK_BYTES: usize = 16;
 
 /// Parses `content` of the file called `name`, which has at most `max_bytes` bytes.
 pub fn parse(name: &str, content: &[u8], max_bytes: usize) -> Result<Value> {
     if content.len() > max_bytes {
         return Err(invalid(format!("{name}: {} bytes, the limit is {max_bytes}", content.len())));
     }
-    let nodes_left = Cell::new(MAX_JSON_NODES);
+    let memory = JSON_BASE_MEMORY + JSON_MEMORY_PER_BYTE * content.len();
+    let memory_left = Cell::new(memory);
     let mut reader = serde_json::Deserializer::from_slice(content);
-    let root = Node { nodes_left: &nodes_left, depth: 0 };
+    let root = Node { memory_left: &memory_left, depth: 0 };
     let value = root
         .deserialize(&mut reader)
         .and_then(|value| reader.end().map(|()| value))
@@ -25,10 +31,19 @@ pub fn parse(name: &str, content: &[u8], max_bytes: usize) -> Result<Value> {
     Ok(value)
 }
 
+/// A member that must be true or false when it is there; null counts as absent.
+pub fn flag(name: &str, members: &Value, key: &str) -> Result<Option<bool>> {
+    match members.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Bool(flag)) => Ok(Some(*flag)),
+        Some(_) => Err(invalid(format!("{name}: {key} must be true or false"))),
+    }
+}
+
 /// One value at `depth`; a seed and its own visitor.
 #[derive(Clone, Copy)]
 struct Node<'a> {
-    nodes_left: &'a Cell<usize>,
+    memory_left: &'a Cell<usize>,
     depth: usize,
 }
 
@@ -37,7 +52,17 @@ impl Node<'_> {
         if self.depth + 1 > MAX_JSON_DEPTH {
             return Err(E::custom(format_args!("nested deeper than {MAX_JSON_DEPTH}")));
         }
-        Ok(Node { nodes_left: self.nodes_left, depth: self.depth + 1 })
+        Ok(Node { memory_left: self.memory_left, depth: self.depth + 1 })
+    }
+
+    fn charge<E: serde::de::Error>(&self, bytes: usize) -> std::result::Result<(), E> {
+        match self.memory_left.get().checked_sub(bytes) {
+            Some(left) => {
+                self.memory_left.set(left);
+                Ok(())
+            }
+            None => Err(E::custom("its values take too much memory for a file of its size")),
+        }
     }
 }
 
@@ -45,13 +70,7 @@ impl<'de> DeserializeSeed<'de> for Node<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, reader: D) -> std::result::Result<Value, D::Error> {
-        match self.nodes_left.get() {
-            0 => Err(D::Error::custom(format_args!("more than {MAX_JSON_NODES} values"))),
-            left => {
-                self.nodes_left.set(left - 1);
-                reader.deserialize_any(self)
-            }
-        }
+        reader.deserialize_any(self)
     }
 }
 
@@ -73,11 +92,9 @@ impl<'de> Visitor<'de> for Node<'_> {
     fn visit_f64<E>(self, v: f64) -> std::result::Result<Value, E> {
         Ok(v.into())
     }
-    fn visit_str<E>(self, v: &str) -> std::result::Result<Value, E> {
+    fn visit_str<E: serde::de::Error>(self, v: &str) -> std::result::Result<Value, E> {
+        self.charge(v.len() + BLOCK_BYTES)?;
         Ok(Value::String(v.to_owned()))
-    }
-    fn visit_string<E>(self, v: String) -> std::result::Result<Value, E> {
-        Ok(Value::String(v))
     }
     fn visit_unit<E>(self) -> std::result::Result<Value, E> {
         Ok(Value::Null)
@@ -86,14 +103,17 @@ impl<'de> Visitor<'de> for Node<'_> {
         let child = self.child()?;
         let mut items = Vec::new();
         while let Some(item) = seq.next_element_seed(child)? {
+            self.charge(ELEMENT_BYTES)?;
             items.push(item);
         }
+        items.shrink_to_fit();
         Ok(Value::Array(items))
     }
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Value, A::Error> {
         let child = self.child()?;
         let mut members = Map::new();
         while let Some(key) = map.next_key::<String>()? {
+            self.charge(MEMBER_BYTES + key.len())?;
             let value = map.next_value_seed(child)?;
             if members.contains_key(&key) {
                 let shown: String = key.chars().take(80).collect();

@@ -23,6 +23,7 @@ const NORMAL: u64 = 1;
 const UNKNOWN: u64 = 2;
 const CONTROL: u64 = 3;
 const USER_DEFINED: u64 = 4;
+const BYTE: u64 = 6; // The largest
 
 struct Vocab {
     root: Value,
@@ -97,7 +98,7 @@ fn read_lists(mut root: Value) -> Result<Vocab> {
         .collect::<Result<Vec<_>>>()?;
     let types: Vec<u64> = match root.get("token_type") {
         None | Some(Value::Null) => vec![NORMAL; tokens.len()],
-        Some(Value::Array(types)) => types.iter().map(|t| t.as_u64().unwrap_or(0)).collect(),
+        Some(Value::Array(types)) => types.iter().map(read_type).collect::<Result<_>>()?,
         Some(_) => Vec::new(),
     };
     if types.len() != tokens.len() {
@@ -108,6 +109,13 @@ fn read_lists(mut root: Value) -> Result<Vocab> {
         )));
     }
     Ok(Vocab { root, tokens, types })
+}
+
+/// 0 (undefined) to 6 (a byte).
+fn read_type(value: &Value) -> Result<u64> {
+    value.as_u64().filter(|kind| *kind <= BYTE).ok_or_else(|| {
+        invalid(format!("{FILE}: token_type {value} is not a whole number from 0 to {BYTE}"))
+    })
 }
 
 /// Control tokens are special; user-defined ones are matched first too, but are ordinary text.

@@ -30,11 +30,11 @@ pub struct TokenConfig {
 pub fn read(files: &Files) -> Result<TokenConfig> {
     let mut config = TokenConfig::default();
     if let Some(root) = parse(files, "special_tokens_map.json")? {
-        config.take_tokens(&root);
+        config.take_tokens("special_tokens_map.json", &root)?;
     }
     if let Some(root) = parse(files, "tokenizer_config.json")? {
-        config.take_tokens(&root);
-        config.add_bos_token = root.get("add_bos_token").and_then(Value::as_bool);
+        config.take_tokens("tokenizer_config.json", &root)?;
+        config.add_bos_token = checked_json::flag("tokenizer_config.json", &root, "add_bos_token")?;
         config.chat_template = read_template(root.get("chat_template"))?;
     }
     if let Some(root) = parse(files, "generation_config.json")? {
@@ -49,9 +49,12 @@ pub fn read(files: &Files) -> Result<TokenConfig> {
 }
 
 fn parse(files: &Files, name: &str) -> Result<Option<Value>> {
-    match files.get(name) {
-        Some(content) => checked_json::parse(name, content, MAX_CONFIG_FILE_BYTES).map(Some),
-        None => Ok(None),
+    let Some(content) = files.get(name) else {
+        return Ok(None);
+    };
+    match checked_json::parse(name, content, MAX_CONFIG_FILE_BYTES)? {
+        root @ Value::Object(_) => Ok(Some(root)),
+        _ => Err(invalid(format!("{name}: must hold one JSON object"))),
     }
 }
 
@@ -74,23 +77,29 @@ fn read_template(value: Option<&Value>) -> Result<Option<String>> {
 
 impl TokenConfig {
     /// A token is a string or {"content": string, ...}; null means none.
-    fn take_tokens(&mut self, root: &Value) {
+    fn take_tokens(&mut self, file: &str, root: &Value) -> Result<()> {
         self.says_tokens = true;
         let spelling = |value: &Value| {
             value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
         };
-        let take = |key: &str, slot: &mut Option<String>| {
-            if let Some(found) = root.get(key).and_then(spelling) {
-                *slot = Some(found);
-            }
-        };
-        take("bos_token", &mut self.bos_token);
-        take("eos_token", &mut self.eos_token);
-        take("unk_token", &mut self.unk_token);
-        take("pad_token", &mut self.pad_token);
+        let slots = [
+            ("bos_token", &mut self.bos_token),
+            ("eos_token", &mut self.eos_token),
+            ("unk_token", &mut self.unk_token),
+            ("pad_token", &mut self.pad_token),
+        ];
+        for (key, slot) in slots {
+            let Some(value) = root.get(key).filter(|value| !value.is_null()) else {
+                continue;
+            };
+            *slot = Some(spelling(value).ok_or_else(|| {
+                invalid(format!("{file}: {key} must be a string or an object with \"content\""))
+            })?);
+        }
         if let Some(list) = root.get("additional_special_tokens").and_then(Value::as_array) {
             self.additional = list.iter().filter_map(spelling).collect();
         }
+        Ok(())
     }
 
     /// eos_token_id is a number or a list of numbers.

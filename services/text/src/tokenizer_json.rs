@@ -16,20 +16,29 @@ pub fn read(content: &[u8]) -> Result<Recipe> {
         return Err(unimplemented(format!("{FILE}: version is not \"1.0\"")));
     }
     let added = read_added(root.get("added_tokens"))?;
-    let Some(Value::Object(mut model)) = root.get_mut("model").map(Value::take) else {
+    let Some(Value::Object(model)) = root.get_mut("model").map(Value::take) else {
         return Err(invalid(format!("{FILE}: \"model\" is missing")));
     };
     check_model(&model)?;
     let mut part = |key: &str| root.get_mut(key).map(Value::take).unwrap_or(Value::Null);
-    let flag = |key: &str| model.get(key).and_then(Value::as_bool).unwrap_or(false);
+    let mut model = Value::Object(model);
+    let flag = |key: &str| Ok(checked_json::flag(FILE, &model, key)?.unwrap_or(false));
+    let (fuse_unk, byte_fallback, ignore_merges) =
+        (flag("fuse_unk")?, flag("byte_fallback")?, flag("ignore_merges")?);
+    let unk_token = match model.get("unk_token") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(token)) => Some(token.to_owned()),
+        Some(_) => return Err(invalid(format!("{FILE}: unk_token must be a string or null"))),
+    };
+    let mut list = |key: &str| model.get_mut(key).map(Value::take).unwrap_or_default();
     Ok(Recipe {
         source: FILE,
-        unk_token: model.get("unk_token").and_then(Value::as_str).map(str::to_owned),
-        fuse_unk: flag("fuse_unk"),
-        byte_fallback: flag("byte_fallback"),
-        ignore_merges: flag("ignore_merges"),
-        vocab: read_vocab(FILE, model.remove("vocab").unwrap_or_default())?,
-        merges: read_merges(FILE, model.remove("merges").unwrap_or_default())?,
+        unk_token,
+        fuse_unk,
+        byte_fallback,
+        ignore_merges,
+        vocab: read_vocab(FILE, list("vocab"))?,
+        merges: read_merges(FILE, list("merges"))?,
         added,
         normalizer: part("normalizer"),
         pre_tokenizer: part("pre_tokenizer"),
@@ -39,10 +48,10 @@ pub fn read(content: &[u8]) -> Result<Recipe> {
 }
 
 fn check_model(model: &Map<String, Value>) -> Result<()> {
-    let kind = model.get("type").and_then(Value::as_str).unwrap_or("BPE");
-    if kind != "BPE" || !model.contains_key("merges") {
+    let is_bpe = model.get("type").is_none_or(|kind| kind.is_null() || kind == "BPE");
+    if !is_bpe || !model.contains_key("merges") {
         return Err(unimplemented(format!(
-            "{FILE}: the model is not BPE; other kinds are not supported"
+            "{FILE}: model.type is not BPE or there are no merges; other kinds are not supported"
         )));
     }
     if model.get("dropout").is_some_and(|d| !d.is_null() && d.as_f64() != Some(0.0)) {
@@ -77,7 +86,11 @@ pub fn read_merges(file: &str, merges: Value) -> Result<Vec<(String, String)>> {
             Value::String(line) if line.starts_with("#version") => continue,
             Value::String(line) => split_merge(&line),
             Value::Array(items) => match <[Value; 2]>::try_from(items) {
-                Ok([Value::String(left), Value::String(right)]) => Some((left, right)),
+                Ok([Value::String(left), Value::String(right)])
+                    if !left.is_empty() && !right.is_empty() =>
+                {
+                    Some((left, right))
+                }
                 _ => None,
             },
             _ => None,
@@ -116,13 +129,13 @@ fn read_added(list: Option<&Value>) -> Result<Vec<Added>> {
         let Some(content) = item.get("content").and_then(Value::as_str) else {
             return Err(invalid(format!("{FILE}: an added token has no \"content\"")));
         };
-        let flag = |key: &str, default| item.get(key).and_then(Value::as_bool).unwrap_or(default);
-        let special = flag("special", false);
+        let flag = |key: &str, default| Ok(checked_json::flag(FILE, item, key)?.unwrap_or(default));
+        let special = flag("special", false)?;
         let token = AddedToken::from(content, special)
-            .single_word(flag("single_word", false))
-            .lstrip(flag("lstrip", false))
-            .rstrip(flag("rstrip", false))
-            .normalized(flag("normalized", !special));
+            .single_word(flag("single_word", false)?)
+            .lstrip(flag("lstrip", false)?)
+            .rstrip(flag("rstrip", false)?)
+            .normalized(flag("normalized", !special)?);
         added.push(Added { id: read_id(FILE, item.get("id").unwrap_or(&Value::Null))?, token });
     }
     Ok(added)

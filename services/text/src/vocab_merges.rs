@@ -5,7 +5,7 @@ use tokenizers::AddedToken;
 
 use crate::checked_json;
 use crate::error::{invalid, Result};
-use crate::limits::MAX_VOCAB_FILE_BYTES;
+use crate::limits::{MAX_MERGES, MAX_VOCAB_FILE_BYTES, MERGES_PER_TOKEN};
 use crate::recipe::{Added, Recipe};
 use crate::special_tokens::TokenConfig;
 use crate::tokenizer_json::{read_vocab, split_merge};
@@ -17,7 +17,7 @@ const MERGES_FILE: &str = "merges.txt";
 /// <|endoftext|>.
 pub fn read(vocab: &[u8], merges: &[u8], config: &mut TokenConfig) -> Result<Recipe> {
     let vocab = read_vocab(FILE, checked_json::parse(FILE, vocab, MAX_VOCAB_FILE_BYTES)?)?;
-    let merges = read_merges_text(merges)?;
+    let merges = read_merges_text(merges, MAX_MERGES.min(MERGES_PER_TOKEN * vocab.len()))?;
     fill_defaults(&vocab, config);
     let mut named =
         vec![&config.bos_token, &config.eos_token, &config.unk_token, &config.pad_token]
@@ -106,7 +106,8 @@ fn fill_defaults(vocab: &[(String, u32)], config: &mut TokenConfig) {
     }
 }
 
-fn read_merges_text(content: &[u8]) -> Result<Vec<(String, String)>> {
+/// At most `most` merges, counted before memory is taken for them.
+fn read_merges_text(content: &[u8], most: usize) -> Result<Vec<(String, String)>> {
     if content.len() > MAX_VOCAB_FILE_BYTES {
         return Err(invalid(format!(
             "{MERGES_FILE}: {} bytes, the limit is {MAX_VOCAB_FILE_BYTES}",
@@ -115,6 +116,12 @@ fn read_merges_text(content: &[u8]) -> Result<Vec<(String, String)>> {
     }
     let text = std::str::from_utf8(content)
         .map_err(|_| invalid(format!("{MERGES_FILE}: not valid UTF-8")))?;
+    let lines = text.lines().count();
+    if lines > most + 1 {
+        return Err(invalid(format!(
+            "{MERGES_FILE}: {lines} merges, the limit is {most} for this vocabulary"
+        )));
+    }
     let mut merges = Vec::new();
     for (number, line) in text.lines().enumerate() {
         if line.is_empty() || line.starts_with("#version") {

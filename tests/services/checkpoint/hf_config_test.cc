@@ -40,6 +40,7 @@ TEST(HfConfigTest, ReadsLlama3AsTransformers5WritesIt) {
   json.erase("torch_dtype");
   json["dtype"] = "bfloat16";
   json["head_dim"] = 64;
+  json["vocab_size"] = 128256;
   json["rope_parameters"] = {{"rope_type", "llama3"},   {"rope_theta", 500000.0},
                              {"factor", 8.0},           {"low_freq_factor", 1.0},
                              {"high_freq_factor", 4.0}, {"original_max_position_embeddings", 8192}};

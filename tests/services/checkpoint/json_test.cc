@@ -26,7 +26,10 @@ TEST(JsonTest, RefusesBrokenAndOversizedInput) {
       {"deeper than 32"}));
   std::string many = "{\"a\":[0";
   for (int i = 0; i < 2'000'000; ++i) many += ",0";
-  EXPECT_TRUE(Invalid(ParseJsonObject(many + "]}", "f").status(), {"more than 2000000 values"}));
+  EXPECT_TRUE(Invalid(ParseJsonObject(many + "]}", "f").status(), {"values of more than"}));
+  EXPECT_TRUE(
+      Invalid(ParseJsonObject("{\"a\":\"" + std::string((1 << 20) + 1, 'x') + "\"}", "f").status(),
+              {"a string of more than 1048576 bytes"}));
 }
 
 // F17

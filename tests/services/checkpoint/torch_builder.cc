@@ -24,13 +24,13 @@ Parts BuildParts(const std::vector<ZipEntry>& entries) {
     const uint32_t packed = entry.size.value_or(size), at = parts.members.size();
     const std::string name = entry.local_name.value_or(entry.name);
     const uint32_t local_size = entry.local_size.value_or(size);
-    parts.members += "PK\x03\x04" + Number<uint16_t>(20) +
-                     Number(entry.local_flags.value_or(entry.flags)) + Number(entry.method) +
-                     Repeat<uint16_t>(0, 2) + Number<uint32_t>(0) + Repeat(local_size, 2) +
-                     Number<uint16_t>(name.size()) + Number<uint16_t>(0) + name + entry.data +
-                     entry.gap;
+    const uint32_t crc = entry.crc.value_or(0);
+    parts.members +=
+        "PK\x03\x04" + Number<uint16_t>(20) + Number(entry.local_flags.value_or(entry.flags)) +
+        Number(entry.method) + Repeat<uint16_t>(0, 2) + Number(crc) + Repeat(local_size, 2) +
+        Number<uint16_t>(name.size()) + Number<uint16_t>(0) + name + entry.data + entry.gap;
     parts.directory += "PK\x01\x02" + Repeat<uint16_t>(20, 2) + Number(entry.flags) +
-                       Number(entry.method) + Repeat<uint16_t>(0, 2) + Number<uint32_t>(0) +
+                       Number(entry.method) + Repeat<uint16_t>(0, 2) + Number(crc) +
                        Number(packed) + Number(entry.unpacked_size.value_or(packed)) +
                        Number<uint16_t>(entry.name.size()) + Number<uint16_t>(entry.extra.size()) +
                        Repeat<uint16_t>(0, 3) + Number<uint32_t>(0) +

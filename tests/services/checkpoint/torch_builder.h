@@ -23,6 +23,7 @@ struct ZipEntry {
   std::optional<uint32_t> size = std::nullopt;           // In the directory, both sizes.
   std::optional<uint32_t> unpacked_size = std::nullopt;  // In the directory.
   std::optional<uint32_t> offset = std::nullopt;         // In the directory, of the local header.
+  std::optional<uint32_t> crc = std::nullopt;            // In both headers; else 0, for none.
   std::string extra = std::string();                     // In the directory.
   std::string gap = std::string();                       // Bytes after the data.
 };

@@ -59,6 +59,22 @@ class RequestValidationTest : public testing::Test {
 
 std::shared_ptr<const ServedModel> RequestValidationTest::model_;
 
+// A worker refuses a step whose banned ids are outside of the vocabulary, and with it the whole
+// pipeline: such an id of the tokenizer must not get there.
+TEST_F(RequestValidationTest, EndIdsOfTheTokenizerAreInsideOfTheModel) {
+  internal::v1::PlanShardsResponse shards = plan::SmallLlama(4, 1 << 20, 1 << 20, false);
+  ASSERT_EQ(shards.config().vocab_size(), 1000U);
+  text::TokenizerFiles files;
+  files["tokenizer.json"] = ReadTestFile("tokenizer.json");
+  files["generation_config.json"] = R"({"eos_token_id":[2,1500]})";
+  const auto model = MakeServedModel(std::move(shards), files, "tiny");
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_THAT((*model)->eos_ids, ElementsAre(2));
+  const auto prepared = PrepareRequest(Request(R"({"minTokens":1})"), **model, kMaxModelLen);
+  ASSERT_TRUE(prepared.ok()) << prepared.status();
+  EXPECT_THAT(prepared->spec.sampling.banned_until_min(), ElementsAre(2));
+}
+
 TEST_F(RequestValidationTest, DefaultsAreThoseOfOpenAiCompletions) {
   const GenerationRequest request = Prepared(Request("{}"));
   EXPECT_EQ(request.spec.max_tokens, 16u);
