@@ -38,9 +38,13 @@ Json GptqConfig(const ConvertOptions& options) {
           {"meta", {{"quantizer", {absl::StrCat("sluice:", SLUICE_VERSION)}}}}};
 }
 
-Json AwqConfig(const ConvertOptions& options) {
+Json AwqConfig(const ConvertOptions& options, const ModelConfig& model) {
+  Json plain = nullptr;  // lm_head is left out by default
+  if (model.word_embed_dim() != model.hidden_size()) {
+    plain = {"lm_head", "project_in", "project_out"};
+  }
   return {{"quant_method", "awq"}, {"bits", 4},         {"group_size", options.group_size},
-          {"zero_point", true},    {"version", "gemm"}, {"modules_to_not_convert", nullptr}};
+          {"zero_point", true},    {"version", "gemm"}, {"modules_to_not_convert", plain}};
 }
 
 Json BnbConfig(const ConvertOptions& options) {
@@ -60,12 +64,12 @@ Json BnbConfig(const ConvertOptions& options) {
 }
 
 // Null for an unquantized folder.
-Json QuantizationConfig(const ConvertOptions& options) {
+Json QuantizationConfig(const ConvertOptions& options, const ModelConfig& model) {
   switch (options.format) {
     case Format::kGptq:
       return GptqConfig(options);
     case Format::kAwq:
-      return AwqConfig(options);
+      return AwqConfig(options, model);
     case Format::kNf4:
     case Format::kFp4:
       return BnbConfig(options);
@@ -195,7 +199,7 @@ absl::StatusOr<std::map<std::string, std::string>> FolderFiles(const checkpoint:
   // transformers 5 writes "dtype", 4 "torch_dtype"; both read the old name.
   config.erase("dtype");
   config["torch_dtype"] = DTypeName(options.format);
-  const Json quantization = QuantizationConfig(options);
+  const Json quantization = QuantizationConfig(options, model);
   if (!quantization.is_null()) config["quantization_config"] = quantization;
   files["config.json"] = config.dump(2) + "\n";
   if (options.format == Format::kGptq) {  // For readers older than the key in config.json

@@ -216,6 +216,10 @@ TEST_F(ConvertTest, OptKeepsBiasesAndProjections) {
     const auto result = To(*source, format, NameOf(format));
     ASSERT_TRUE(result.ok()) << result.status();
     const auto written = Opened(Path(NameOf(format)));
+    if (format == Format::kAwq) {  // Else transformers makes AWQ linears of them, without weights
+      const Json config = ParsedFile(Path("awq/config.json"))["quantization_config"];
+      EXPECT_EQ(config["modules_to_not_convert"], Json({"lm_head", "project_in", "project_out"}));
+    }
     for (int i = 0; i < source->description().tensors_size(); ++i) {
       const auto& spec = written->description().tensors(i);
       const bool bias = spec.name().find(".bias") != std::string::npos;
