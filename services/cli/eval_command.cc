@@ -67,8 +67,9 @@ class EvalTask : public ClusterTask {
     absl::StatusOr<EvalResult> result = Evaluate(
         addresses.public_address, options_,
         [&display](const std::string& line) { display.Show(line); }, stop_);
-    if (result.ok()) result_ = *std::move(result);
-    return result.status();
+    if (!result.ok()) return result.status();
+    result_ = *std::move(result);
+    return absl::OkStatus();
   }
   void Cancel() override { stop_ = true; }
   bool cancelled() const { return stop_; }
@@ -147,8 +148,9 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
                "Tokens of a window; 0: 2048, or the longest prompt if that is less");
   rpc::AddFlag(*command, "stride", &flags->options.stride,
                "Tokens between windows; 0: a quarter of the window");
-  rpc::AddFlag(*command, "runs", &flags->options.decode_runs,
-               "Times that 64 tokens are generated; the fastest counts; 0: do not measure")
+  rpc::AddFlag(
+      *command, "runs", &flags->options.speed_runs,
+      "Answers of 64 tokens to the text's first 512 that are timed; the fastest counts; 0: none")
       ->check(CLI::Range(0, 100));
   command->add_flag("--json", flags->json, "JSON for programs");
   command->callback([flags, exit_code] {

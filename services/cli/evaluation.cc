@@ -21,7 +21,8 @@ namespace {
 
 constexpr size_t kMaxTextBytes = 2 << 20;  // Of one Tokenize call
 constexpr uint32_t kDefaultWindow = 2048;
-constexpr size_t kDecodePromptTokens = 16;
+constexpr size_t kSpeedPromptTokens = 512;
+constexpr uint32_t kSpeedTokens = 64;
 
 using Clock = std::chrono::steady_clock;
 
@@ -64,10 +65,11 @@ class Evaluation {
       show_(absl::StrFormat("%s: window %d of %d, perplexity so far %.3f", result_.model, i + 1,
                             windows.size(), result_.perplexity.value()));
     }
-    for (uint32_t run = 0; run < options_.decode_runs; ++run) {
-      SLUICE_RETURN_IF_ERROR(Decode());
-      show_(absl::StrFormat("%s: decode run %d of %d, best %.1f tokens/s", result_.model, run + 1,
-                            options_.decode_runs, result_.best_decode_speed));
+    for (uint32_t run = 0; run < options_.speed_runs; ++run) {
+      SLUICE_RETURN_IF_ERROR(MeasureSpeed());
+      show_(absl::StrFormat("%s: run %d of %d, best %.0f tokens/s prefill, %.1f decode",
+                            result_.model, run + 1, options_.speed_runs, result_.best_prefill_speed,
+                            result_.best_decode_speed));
     }
     return std::move(result_);
   }
@@ -87,14 +89,15 @@ class Evaluation {
       return absl::InvalidArgumentError(
           absl::StrCat("--file ", options_.file, ": one token only; nothing can be predicted"));
     }
-    const uint32_t longest = response.max_model_len() - 1;  // A request asks for one token more
-    if (options_.window > longest) {
+    longest_prompt_ = response.max_model_len() - 1;  // A request asks for one token more
+    if (options_.window > longest_prompt_) {
       return absl::InvalidArgumentError(absl::StrCat("--window ", options_.window,
                                                      ": this server's "
                                                      "longest prompt has ",
-                                                     longest, " tokens"));
+                                                     longest_prompt_, " tokens"));
     }
-    result_.window = options_.window != 0 ? options_.window : std::min(kDefaultWindow, longest);
+    result_.window =
+        options_.window != 0 ? options_.window : std::min(kDefaultWindow, longest_prompt_);
     result_.stride = options_.stride != 0 ? options_.stride : (result_.window + 3) / 4;
     if (result_.window < 2 || result_.stride >= result_.window) {
       return absl::InvalidArgumentError(absl::StrCat(
@@ -130,7 +133,7 @@ class Evaluation {
     if (const auto status = generation_->Generate(&context, request, &response); !status.ok()) {
       return rpc::FromGrpcStatus(status);
     }
-    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+    result_.seconds += std::chrono::duration<double>(Clock::now() - begin).count();
     if (response.prompt_logprobs_size() + 1 != request.token_ids().ids_size()) {
       return absl::InternalError("the server left out scores of the prompt");
     }
@@ -138,29 +141,30 @@ class Evaluation {
       const int entry = static_cast<int>(id - window.begin) - 1;
       result_.perplexity.Add(response.prompt_logprobs(entry).chosen().logprob());
     }
-    const uint64_t tokens = window.end - window.begin;
-    result_.prompt_tokens += tokens;
-    result_.seconds += seconds;
-    result_.best_prefill_speed =
-        std::max(result_.best_prefill_speed, static_cast<double>(tokens) / seconds);
+    result_.prompt_tokens += window.end - window.begin;
     return absl::OkStatus();
   }
 
   // One greedy answer to the beginning of the text.
-  absl::Status Decode() {
+  absl::Status MeasureSpeed() {
     if (stop_) return absl::CancelledError("stopped");
     v1::StreamGenerateRequest request;
-    const size_t prompt = std::min({ids_.size(), kDecodePromptTokens, result_.window});
+    const uint32_t tokens = std::min(kSpeedTokens, longest_prompt_ / 2 + 1);
+    const size_t prompt =
+        std::min<size_t>({ids_.size(), kSpeedPromptTokens, longest_prompt_ + 1 - tokens});
     request.mutable_token_ids()->mutable_ids()->Assign(
         ids_.begin(), ids_.begin() + static_cast<ptrdiff_t>(prompt));
-    request.set_max_tokens(options_.decode_tokens);
+    request.set_max_tokens(tokens);
     request.set_temperature(0);
     request.set_ignore_eos(true);
     grpc::ClientContext context;
     const StreamedAnswer answer =
         StreamAnswer(address_, request, &context, [](const std::string&) {});
+    SLUICE_RETURN_IF_ERROR(answer.status);
+    result_.best_prefill_speed = std::max(result_.best_prefill_speed,
+                                          static_cast<double>(prompt) / answer.first_token_seconds);
     result_.best_decode_speed = std::max(result_.best_decode_speed, answer.tokens_per_second);
-    return answer.status;
+    return absl::OkStatus();
   }
 
   const std::string& address_;
@@ -170,6 +174,7 @@ class Evaluation {
   std::unique_ptr<v1::GenerationService::Stub> generation_;
   std::unique_ptr<v1::ModelService::Stub> models_;
   std::vector<uint32_t> ids_;
+  uint32_t longest_prompt_ = 0;
   EvalResult result_;
 };
 

@@ -15,8 +15,8 @@ struct EvalOptions {
   std::string file;     // The text
   uint32_t window = 0;  // 0: 2048, or the longest prompt if that is less
   uint32_t stride = 0;  // 0: a quarter of the window
-  uint32_t decode_tokens = 64;
-  uint32_t decode_runs = 3;  // The fastest counts; 0: do not measure
+  // Answers of 64 tokens to the text's first 512, one sequence; the fastest counts. 0: no speeds.
+  uint32_t speed_runs = 3;
 };
 
 struct EvalResult {
@@ -25,10 +25,10 @@ struct EvalResult {
   uint64_t weight_bytes = 0;
   Perplexity perplexity;
   size_t window = 0, stride = 0;
-  uint64_t prompt_tokens = 0;     // Sent, the overlap of windows included
-  double seconds = 0;             // For them
-  double best_prefill_speed = 0;  // Tokens/s of the fastest window
-  double best_decode_speed = 0;   // Tokens/s after the first token, one sequence; 0: not measured
+  uint64_t prompt_tokens = 0;     // Sent to be scored, the overlap of windows included
+  double seconds = 0;             // For them, their scores included
+  double best_prefill_speed = 0;  // Prompt tokens/s until the first token; 0: not measured
+  double best_decode_speed = 0;   // Tokens/s after the first token; 0: not measured
 };
 
 // Blocks. `show` gets a line now and then; `stop` ends it soon: CANCELLED.
