@@ -80,6 +80,11 @@ def library_weights(model):
             state.dtype = torch.float16
 
 
+def largest(difference):
+    value = difference.abs().max().item()
+    return math.inf if math.isnan(value) else value  # max() would pass over a NaN
+
+
 def weight_difference(model, reference):
     """Largest difference, and the number of linears. Before any forward: kernels repack their weights."""
     worst, count, classes = 0.0, 0, set()
@@ -87,8 +92,7 @@ def weight_difference(model, reference):
     for name, weight, rounded in library_weights(model):
         mine = own[f"{name}.weight"].detach()
         mine = mine.half().float() if rounded else mine
-        difference = (weight.float() - mine).abs().max().item()
-        worst = max(worst, math.inf if math.isnan(difference) else difference)
+        worst = max(worst, largest(weight.float() - mine))
         count += 1
         classes.add(type(model.get_submodule(name)).__name__)
     return worst, count, "/".join(sorted(classes)) or "Linear"
@@ -178,7 +182,7 @@ def autoawq(work):
         for key in [k for k in file if k.endswith(".qweight")]:
             stem = key[:-len(".qweight")]
             w = dequantize_gemm(file[key], file[f"{stem}.qzeros"], file[f"{stem}.scales"], 4, group)
-            worst = max(worst, (w.T.float() - own[f"{stem}.weight"].half().float()).abs().max().item())
+            worst = max(worst, largest(w.T.float() - own[f"{stem}.weight"].half().float()))
             count += 1
         say(work, f"{os.path.basename(folder):29} {count:7} {worst:8.1e}")
 
