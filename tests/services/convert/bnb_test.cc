@@ -136,14 +136,14 @@ double WorstGap(const char* type) {
   return gap / 2;
 }
 
-// Rows of 24, 8 and 40 weights, none a multiple of 64: blocks begin in the middle of rows, and the
-// last one of most tensors is short. All weights lie in -1..1.
-checkpoint::TinyModel UnevenModel() {
+// Rows of 24, 8 and `inner` weights, none a multiple of 64: blocks begin in the middle of rows, and
+// the last one of most tensors is short. All weights lie in -1..1.
+checkpoint::TinyModel UnevenModel(uint64_t inner) {
   checkpoint::TinyModel model;
-  model.config = {{"model_type", "llama"},    {"hidden_size", 24},
-                  {"num_attention_heads", 1}, {"head_dim", 8},
-                  {"intermediate_size", 40},  {"vocab_size", 8},
-                  {"num_hidden_layers", 1},   {"tie_word_embeddings", true}};
+  model.config = {{"model_type", "llama"},      {"hidden_size", 24},
+                  {"num_attention_heads", 1},   {"head_dim", 8},
+                  {"intermediate_size", inner}, {"vocab_size", 8},
+                  {"num_hidden_layers", 1},     {"tie_word_embeddings", true}};
   const auto add = [&model](const std::string& name, const std::vector<uint64_t>& shape) {
     std::vector<uint16_t> halves(shape[0] * (shape.size() > 1 ? shape[1] : 1));
     for (size_t i = 0; i < halves.size(); ++i) {
@@ -159,18 +159,18 @@ checkpoint::TinyModel UnevenModel() {
     add(absl::StrCat("layers.0.self_attn.", name), {8, 24});
   }
   add("layers.0.self_attn.o_proj", {24, 8});
-  add("layers.0.mlp.gate_proj", {40, 24});
-  add("layers.0.mlp.up_proj", {40, 24});
-  add("layers.0.mlp.down_proj", {24, 40});
+  add("layers.0.mlp.gate_proj", {inner, 24});
+  add("layers.0.mlp.up_proj", {inner, 24});
+  add("layers.0.mlp.down_proj", {24, inner});
   return model;
 }
 
-TEST(BnbTest, BlocksThatCrossRowsReadBackWithinTheTable) {
+void ExpectReadsBackWithinTheTable(const checkpoint::TinyModel& model) {
   for (const char* type : {"nf4", "fp4"}) {
     for (const bool nested : {false, true}) {
       SCOPED_TRACE(absl::StrCat(type, nested ? " nested" : ""));
       const TempDir dir, out;
-      const auto source = UnevenModel().Open(dir);
+      const auto source = model.Open(dir);
       ASSERT_TRUE(source.ok()) << source.status();
       ConvertOptions options;
       options.format = std::string(type) == "nf4" ? Format::kNf4 : Format::kFp4;
@@ -197,8 +197,13 @@ TEST(BnbTest, BlocksThatCrossRowsReadBackWithinTheTable) {
   }
 }
 
+TEST(BnbTest, BlocksThatCrossRows) { ExpectReadsBackWithinTheTable(UnevenModel(40)); }
+
+// 1.2 million weights are read in two slabs, and a block lies in both.
+TEST(BnbTest, BlocksThatCrossSlabs) { ExpectReadsBackWithinTheTable(UnevenModel(50'008)); }
+
 TEST(BnbTest, ZerosStayZeros) {
-  checkpoint::TinyModel model = UnevenModel();
+  checkpoint::TinyModel model = UnevenModel(40);
   std::string& data = model.tensors["model.layers.0.mlp.up_proj.weight"].data;
   data.assign(data.size(), '\0');
   const TempDir dir;

@@ -66,12 +66,11 @@ class ConvertTest : public testing::Test {
   TempDir dir_;
 };
 
-// The farthest a weight may be from what it was: half a step of its group. The step is at most
-// 2 max|w| / 15 (sym), the widest gap of the table times max|w| (bitsandbytes).
-double RelativeBound(Format format, bool symmetric) {
+// The farthest a weight may be from what it was, of the largest in its tensor: half a step. A step is
+// at most 2 max|w| / 15 (GPTQ, AWQ; float16 scales: int4.h), or the table's widest gap.
+double RelativeBound(Format format) {
   switch (format) {
     case Format::kGptq:
-      return (symmetric ? 2.0 : 2.0) / 15 * (0.5 + 15 * std::exp2(-11));
     case Format::kAwq:
       return 2.0 / 15 * (0.5 + 15 * std::exp2(-11));
     case Format::kNf4:
@@ -102,6 +101,16 @@ void ExpectClose(const Checkpoint& before, const Checkpoint& after, double bound
   }
 }
 
+bool AllZerosAre8(const QuantizedMatrix& matrix) {
+  const int64_t count = matrix.spec.n * matrix.spec.groups();
+  return std::all_of(matrix.zeros(), matrix.zeros() + count, [](uint8_t z) { return z == 8; });
+}
+
+TEST_F(ConvertTest, AwqHasZeroPoints) {
+  ASSERT_TRUE(To(*Opened(Stored("llama-fp16")), Format::kAwq, "x").ok());
+  EXPECT_FALSE(AllZerosAre8(*Opened(Path("x"))->Read(2)));
+}
+
 TEST_F(ConvertTest, EveryFormatReadsBackWithinItsBound) {
   const auto source = Opened(Stored("llama-fp16"));
   ASSERT_NE(source, nullptr);
@@ -111,7 +120,7 @@ TEST_F(ConvertTest, EveryFormatReadsBackWithinItsBound) {
     const auto result = To(*source, format, NameOf(format));
     ASSERT_TRUE(result.ok()) << result.status();
     const auto written = Opened(Path(NameOf(format)));
-    ExpectClose(*source, *written, RelativeBound(format, true));
+    ExpectClose(*source, *written, RelativeBound(format));
     EXPECT_EQ(written->description().warnings_size(), 0);
     EXPECT_EQ(ContentOf(Path(NameOf(format)) + "/tokenizer.json"),
               ContentOf(Stored("llama-fp16") + "/tokenizer.json"));
@@ -155,8 +164,8 @@ TEST_F(ConvertTest, GroupsAndZerosOfGptq) {
       EXPECT_EQ(written->description().warnings_size(), 0);
       const auto matrix = written->Read(2);  // q_proj, 128 columns
       EXPECT_EQ(matrix->spec.group_size, group == -1 ? 128 : group);
-      EXPECT_TRUE(!symmetric || matrix->zeros()[0] == 8);
-      ExpectClose(*source, *written, RelativeBound(Format::kGptq, symmetric));
+      EXPECT_EQ(AllZerosAre8(*matrix), symmetric);
+      ExpectClose(*source, *written, RelativeBound(Format::kGptq));
     }
   }
 }
