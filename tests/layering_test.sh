@@ -21,11 +21,12 @@ services/rpc         | proto
 services/metrics     |
 services/text        | proto
 services/checkpoint  | proto kernels/core kernels/quant
+services/convert     | proto services/text services/checkpoint kernels/core kernels/quant
 services/plan        | proto kernels/core kernels/quant services/checkpoint/hf_config.h
 services/controller  | proto services/rpc services/metrics services/text services/plan
 services/loader      | proto services/rpc services/metrics services/checkpoint kernels/core kernels/quant
 services/gateway     | proto services/rpc
-services/cli         | proto services/rpc services/text services/checkpoint services/plan
+services/cli         | proto services/rpc services/text services/checkpoint services/convert services/plan
 worker/engine        | proto/sluice/internal kernels/core kernels/quant kernels/sampling kernels/backend
 worker               | proto services/rpc services/metrics worker/engine kernels/core kernels/quant kernels/sampling kernels/backend
 tests/kernels/cpu    | tests/support kernels/core kernels/quant kernels/sampling kernels/backend kernels/cpu

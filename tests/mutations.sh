@@ -6,8 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${SLUICE_MODEL:=${SLUICE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/sluice}/models/SmolLM2-135M-Instruct.Q4_1.gguf}"
 export SLUICE_MODEL
 
-readonly TESTS='format_.*_test|golden_test|engine_test|engine_step_test|default_model_test'
-readonly TARGETS=(format_awq_test format_bnb_test format_gguf_test format_gptq_test golden_test engine_test engine_step_test
+readonly TESTS='format_.*_test|convert_(int4|bnb|convert)_test|golden_test|engine_test|engine_step_test|default_model_test'
+readonly TARGETS=(convert_int4_test convert_bnb_test convert_convert_test format_awq_test format_bnb_test format_gguf_test format_gptq_test golden_test engine_test engine_step_test
   default_model_test)
 
 work=$(mktemp -d)
@@ -53,4 +53,10 @@ mistake "rope turns the other way" kernels/cpu/rope.cc 's/a \* cos\[i\] - b \* s
 mistake "OPT positions without their + 2" worker/engine/decoder_layer.h 's/\(constexpr uint32_t kOpt[A-Za-z]* = \)2;/\10;/'
 mistake "nested absmax without its offset" $FORMATS/format_bnb.cc 's/= product + offset;/= product;/'
 mistake "AWQ zero points plus 1" $FORMATS/format_awq.cc 's/static_cast<uint8_t>(ValueAt(word, row % kPerWord))/static_cast<uint8_t>(ValueAt(word, row % kPerWord) + 1)/'
+readonly CONVERT=services/convert
+mistake "written AWQ nibbles in natural order" $CONVERT/int4.cc 's/{0, 4, 1, 5, 2, 6, 3, 7}/{0, 1, 2, 3, 4, 5, 6, 7}/'
+mistake "written GPTQ v1 zeros without their - 1" $CONVERT/convert.cc 's/zeros_minus_one=\*\/options_.symmetric/zeros_minus_one=*\/false/'
+mistake "codes chosen with another scale than the written one" $CONVERT/int4.cc 's/const float scale = HalfToFloat(group.scale);/const float scale = (max - min) \/ kMaxCode;/'
+mistake "bitsandbytes blocks that do not go on in the next slab" $CONVERT/bnb.cc 's/    held -= taken;/    held = 0;/'
+mistake "written AWQ without zero points" $CONVERT/convert.cc 's/\/\*symmetric=\*\/false/true/'
 exit $((survivors > 0))

@@ -39,12 +39,11 @@ std::string TailOf(const std::string& path) {
 
 }  // namespace
 
-Cluster::Cluster(UpOptions options, SamplingFlags sampling, ClusterPaths paths,
-                 SignalQueue* signals)
+Cluster::Cluster(UpOptions options, ClusterPaths paths, SignalQueue* signals, ClusterTask* task)
     : options_(std::move(options)),
-      sampling_(std::move(sampling)),
       paths_(std::move(paths)),
       signals_(signals),
+      task_(task),
       display_(stderr),
       supervisor_(SupervisorOptions(), [this](const std::string& line) {
         display_.Note("sluice: " + line);
@@ -54,9 +53,9 @@ Cluster::Cluster(UpOptions options, SamplingFlags sampling, ClusterPaths paths,
       }) {}
 
 Cluster::~Cluster() {
-  if (answer_thread_.joinable()) {
-    answer_context_.TryCancel();
-    answer_thread_.join();
+  if (task_thread_.joinable()) {
+    task_->Cancel();
+    task_thread_.join();
   }
 }
 
@@ -148,8 +147,8 @@ void Cluster::OnServing() {
   if (admin_->GetDeviceMap(&context, {}, &map).ok()) {
     display_.Note(map.text());
   }
-  if (options_.has_once) {
-    StartAnswer();
+  if (task_ != nullptr) {
+    StartTask();
     return;
   }
   display_.Note(absl::StrCat(
@@ -159,15 +158,13 @@ void Cluster::OnServing() {
       ". Ctrl-C stops it."));
 }
 
-void Cluster::StartAnswer() {
-  phase_ = Phase::kAnswering;
-  std::fprintf(stderr, "prompt: %s\n", options_.once.c_str());
-  answer_thread_ = std::thread([this] {
-    v1::StreamGenerateRequest request;
-    SetSampling(sampling_, &request);
-    request.set_text(options_.once);
-    answer_ = StreamAnswer(addresses_.public_address, request, &answer_context_, PrintPiece);
-    answered_ = true;
+void Cluster::StartTask() {
+  phase_ = Phase::kTask;
+  admin_
+      .reset();  // Not needed any more; an idle connection would only send pings to a busy machine
+  task_thread_ = std::thread([this] {
+    task_status_ = task_->Run(addresses_);
+    task_done_ = true;
   });
 }
 
@@ -179,15 +176,12 @@ absl::Status Cluster::Step() {
       return WaitForController();
     case Phase::kLoading:
       return WaitUntilServing();
-    case Phase::kAnswering:
-      if (answered_) {
-        answer_thread_.join();
-        std::printf("\n");
-        std::fflush(stdout);
-        if (!answer_.status.ok()) {
-          return answer_.status;
+    case Phase::kTask:
+      if (task_done_) {
+        task_thread_.join();
+        if (!task_status_.ok()) {
+          return task_status_;
         }
-        display_.Note(StatsLine(answer_));
         StopChildren();
       }
       return absl::OkStatus();
@@ -212,15 +206,15 @@ void Cluster::OnSignal(int number) {
     return;
   }
   display_.Note("sluice: stopping (once more: at once)");
-  if (phase_ == Phase::kAnswering) {
-    answer_context_.TryCancel();
-    exit_code_ = 1;  // The answer is not whole
+  if (phase_ == Phase::kTask) {
+    task_->Cancel();
+    exit_code_ = 1;  // The task is not whole
   }
   StopChildren();
 }
 
 void Cluster::Fail(const absl::Status& status) {
-  display_.Note(absl::StrCat("sluice up: ", std::string(status.message())));
+  display_.Note(absl::StrCat("sluice: ", std::string(status.message())));
   for (const auto& child : supervisor_.children()) {
     if (absl::StartsWith(std::string(status.message()), child.spec.name + " ended")) {
       display_.Note(TailOf(child.spec.log_path));

@@ -1,5 +1,5 @@
 // Cluster: the life of one `sluice up`: loader, controller, workers, in this order; ready; perhaps
-// one prompt; the end.
+// a task; the end.
 #pragma once
 
 #include <atomic>
@@ -11,10 +11,9 @@
 
 #include "absl/status/status.h"
 #include "proto/sluice/v1/admin.grpc.pb.h"
-#include "services/cli/answer_stream.h"
 #include "services/cli/cluster_commands.h"
+#include "services/cli/cluster_task.h"
 #include "services/cli/progress.h"
-#include "services/cli/sampling_flags.h"
 #include "services/cli/signals.h"
 #include "services/cli/supervisor.h"
 
@@ -22,17 +21,17 @@ namespace sluice::cli {
 
 class Cluster {
  public:
-  // `signals` must outlive it. Use it from the main thread only: children end with the thread that
-  // starts them.
-  Cluster(UpOptions options, SamplingFlags sampling, ClusterPaths paths, SignalQueue* signals);
+  // `signals` and `task` (null: none) must outlive it. Use it from the main thread only: children end
+  // with the thread that starts them.
+  Cluster(UpOptions options, ClusterPaths paths, SignalQueue* signals, ClusterTask* task);
   ~Cluster();
 
-  // Starts everything, stays until a signal, a failure or (--once) the answer, stops everything.
-  // The exit code of `sluice up`: 0 after a signal or an answer, 1 otherwise.
+  // Starts everything, stays until a signal, a failure or the end of the task, stops everything.
+  // The exit code of `sluice up`: 0 after a signal or a whole task, 1 otherwise.
   int Run(std::vector<WorkerSpec> workers);
 
  private:
-  enum class Phase { kLoader, kController, kLoading, kReady, kAnswering, kStopping };
+  enum class Phase { kLoader, kController, kLoading, kReady, kTask, kStopping };
 
   absl::Status StartLoader();
   absl::Status
@@ -41,7 +40,7 @@ class Cluster {
   absl::Status WaitForController();
   absl::Status WaitUntilServing();
   void OnServing();
-  void StartAnswer();
+  void StartTask();
   void StopChildren();
   void OnSignal(int number);
   absl::Status StartChild(const std::string& name, std::vector<std::string> command, int stop_rank);
@@ -49,9 +48,9 @@ class Cluster {
   void Fail(const absl::Status& status);
 
   const UpOptions options_;
-  const SamplingFlags sampling_;
   const ClusterPaths paths_;
   SignalQueue* const signals_;
+  ClusterTask* const task_;
   std::vector<WorkerSpec> workers_;
   ProgressDisplay display_;
   Supervisor supervisor_;
@@ -62,11 +61,10 @@ class Cluster {
   std::string loader_address_;
   ControllerAddresses addresses_;
   std::unique_ptr<v1::AdminService::Stub> admin_;
-  // --once: runs beside the supervision; written by the thread before `answered_`.
-  std::thread answer_thread_;
-  grpc::ClientContext answer_context_;
-  StreamedAnswer answer_;
-  std::atomic<bool> answered_{false};
+  // Runs the task beside the supervision; writes its status before `task_done_`.
+  std::thread task_thread_;
+  absl::Status task_status_;
+  std::atomic<bool> task_done_{false};
 };
 
 }  // namespace sluice::cli

@@ -34,8 +34,6 @@ struct UpOptions {
   int max_queue = -1;
   std::string log_level = "info";
   std::string log_dir;  // Empty: the run folder, removed at a clean end
-  std::string once;
-  bool has_once = false;
 };
 
 // One worker process.

@@ -1,188 +1,161 @@
-// sluice eval: how well a running server's model predicts a text.
-#include <chrono>
+// sluice eval: how well models predict a text, how fast and in how much memory: that of a running
+// server, or several, each served by a cluster of its own, one after another.
+#include <atomic>
 #include <cstdio>
-#include <fstream>
-#include <iterator>
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
-#include "kernels/core/status_macros.h"
-#include "proto/sluice/v1/generation.grpc.pb.h"
 #include "services/cli/answer_stream.h"
 #include "services/cli/commands.h"
-#include "services/cli/perplexity.h"
+#include "services/cli/evaluation.h"
 #include "services/cli/progress.h"
-#include "services/rpc/channel.h"
+#include "services/cli/run_cluster.h"
+#include "services/cli/signals.h"
 #include "services/rpc/flags.h"
-#include "services/rpc/grpc_status.h"
 
 namespace sluice::cli {
 namespace {
 
-constexpr size_t kMaxTextBytes = 2 << 20;  // Of one Tokenize call
-constexpr uint32_t kDefaultWindow = 2048;
-
 struct EvalFlags {
   std::string address = kDefaultAddress;
   std::string task = "perplexity";
-  std::string file;
-  uint32_t window = 0;
-  uint32_t stride = 0;
+  EvalOptions options;
+  std::vector<std::string> models;  // Empty: the server at `address`
+  UpOptions up;                     // Of their clusters
   bool json = false;
 };
 
-struct EvalResult {
-  std::string model;
-  Perplexity perplexity;
-  size_t window = 0, stride = 0;
-  uint64_t prompt_tokens = 0;  // Sent, the overlap of windows included
-  double seconds = 0;
-};
-
-absl::StatusOr<std::string> ReadText(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) {
-    return absl::NotFoundError(absl::StrCat("--file ", path, ": cannot be opened"));
-  }
-  std::string text{std::istreambuf_iterator<char>(file), {}};
-  if (text.empty() || text.size() > kMaxTextBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("--file ", path, ": ", text.size(),
-                                                   " bytes; give a text of 1 to ", kMaxTextBytes));
-  }
-  return text;
+nlohmann::json JsonOf(const EvalResult& result) {
+  return {{"model", result.model},
+          {"format", result.format},
+          {"task", "perplexity"},
+          {"perplexity", result.perplexity.value()},
+          {"tokens", result.perplexity.count()},
+          {"window", result.window},
+          {"stride", result.stride},
+          {"weight_bytes", result.weight_bytes},
+          {"prefill_tokens_per_second", static_cast<double>(result.prompt_tokens) / result.seconds},
+          {"best_prefill_tokens_per_second", result.best_prefill_speed},
+          {"best_decode_tokens_per_second", result.best_decode_speed}};
 }
 
-class Evaluation {
- public:
-  explicit Evaluation(const EvalFlags& flags)
-      : flags_(flags),
-        stub_(v1::GenerationService::NewStub(
-            rpc::MakeChannel(flags.address, rpc::ChannelKind::kClient))) {}
-
-  absl::StatusOr<EvalResult> Run() {
-    SLUICE_RETURN_IF_ERROR(Tokenize());
-    const auto start = std::chrono::steady_clock::now();
-    const auto windows = EvalWindows(ids_.size(), result_.window, result_.stride);
-    ProgressDisplay display(stderr);
-    for (size_t i = 0; i < windows.size(); ++i) {
-      SLUICE_RETURN_IF_ERROR(Score(windows[i]));
-      display.Show(absl::StrFormat("window %d of %d, perplexity so far %.3f", i + 1, windows.size(),
-                                   result_.perplexity.value()));
-    }
-    result_.seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    return result_;
+// One result is an object, several are an array.
+void Print(const std::vector<EvalResult>& results, bool json) {
+  if (json) {
+    nlohmann::json list = nlohmann::json::array();
+    for (const EvalResult& result : results) list.push_back(JsonOf(result));
+    std::printf("%s\n", (list.size() == 1 ? list[0] : list).dump(2).c_str());
+    return;
   }
+  std::printf("%sperplexity over %zu tokens, window %zu, stride %zu\n", EvalTable(results).c_str(),
+              results[0].perplexity.count(), results[0].window, results[0].stride);
+}
+
+// Measures one model when its cluster serves.
+class EvalTask : public ClusterTask {
+ public:
+  explicit EvalTask(const EvalOptions& options) : options_(options) {}
+
+  absl::Status Run(const ControllerAddresses& addresses) override {
+    ProgressDisplay display(stderr);
+    absl::StatusOr<EvalResult> result = Evaluate(
+        addresses.public_address, options_,
+        [&display](const std::string& line) { display.Show(line); }, stop_);
+    if (!result.ok()) return result.status();
+    result_ = *std::move(result);
+    return absl::OkStatus();
+  }
+  void Cancel() override { stop_ = true; }
+  bool cancelled() const { return stop_; }
+  EvalResult Take() { return std::move(result_); }
 
  private:
-  // Ids of the text, and windows that suit the model's longest context.
-  absl::Status Tokenize() {
-    v1::TokenizeRequest request;
-    SLUICE_ASSIGN_OR_RETURN(*request.mutable_text(), ReadText(flags_.file));
-    v1::TokenizeResponse response;
-    grpc::ClientContext context;
-    if (const auto status = stub_->Tokenize(&context, request, &response); !status.ok()) {
-      return rpc::FromGrpcStatus(status);
-    }
-    ids_.assign(response.token_ids().begin(), response.token_ids().end());
-    if (ids_.size() < 2) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("--file ", flags_.file, ": one token only; nothing can be predicted"));
-    }
-    const uint32_t longest = response.max_model_len() - 1;  // A request asks for one token more
-    if (flags_.window > longest) {
-      return absl::InvalidArgumentError(absl::StrCat("--window ", flags_.window,
-                                                     ": this server's "
-                                                     "longest prompt has ",
-                                                     longest, " tokens"));
-    }
-    result_.window = flags_.window != 0 ? flags_.window : std::min(kDefaultWindow, longest);
-    result_.stride = flags_.stride != 0 ? flags_.stride : (result_.window + 3) / 4;
-    if (result_.window < 2 || result_.stride >= result_.window) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "--stride ", result_.stride, ": must be below the window of ", result_.window));
-    }
-    return absl::OkStatus();
-  }
-
-  absl::Status Score(const EvalWindow& window) {
-    v1::GenerateRequest request;
-    const auto first = ids_.begin() + static_cast<ptrdiff_t>(window.begin);
-    const auto last = ids_.begin() + static_cast<ptrdiff_t>(window.end);
-    request.mutable_token_ids()->mutable_ids()->Assign(first, last);
-    request.set_max_tokens(1);
-    request.set_prompt_logprobs(0);
-    v1::GenerateResponse response;
-    grpc::ClientContext context;
-    if (const auto status = stub_->Generate(&context, request, &response); !status.ok()) {
-      return rpc::FromGrpcStatus(status);
-    }
-    if (response.prompt_logprobs_size() + 1 != request.token_ids().ids_size()) {
-      return absl::InternalError("the server left out scores of the prompt");
-    }
-    for (size_t id = window.first_scored; id < window.end; ++id) {
-      const int entry = static_cast<int>(id - window.begin) - 1;
-      result_.perplexity.Add(response.prompt_logprobs(entry).chosen().logprob());
-    }
-    result_.model = response.model();
-    result_.prompt_tokens += window.end - window.begin;
-    return absl::OkStatus();
-  }
-
-  const EvalFlags& flags_;
-  std::unique_ptr<v1::GenerationService::Stub> stub_;
-  std::vector<uint32_t> ids_;
+  const EvalOptions& options_;
+  std::atomic<bool> stop_{false};
   EvalResult result_;
 };
 
-void Print(const EvalResult& result, bool json) {
-  const double speed = static_cast<double>(result.prompt_tokens) / result.seconds;
-  if (json) {
-    const nlohmann::json out = {{"model", result.model},
-                                {"task", "perplexity"},
-                                {"perplexity", result.perplexity.value()},
-                                {"tokens", result.perplexity.count()},
-                                {"window", result.window},
-                                {"stride", result.stride},
-                                {"prefill_tokens_per_second", speed}};
-    std::printf("%s\n", out.dump(2).c_str());
-    return;
+int EvalModels(const EvalFlags& flags) {
+  SignalQueue signals;  // Before any thread
+  std::vector<EvalResult> results;
+  for (const std::string& model : flags.models) {
+    UpOptions options = flags.up;
+    options.model = model;
+    options.port = 0;
+    options.admin_port = 0;
+    std::fprintf(stderr, "%s\n", model.c_str());
+    EvalTask task(flags.options);
+    if (const int code = RunCluster(options, &signals, &task); code != 0) {
+      std::fprintf(stderr, "sluice eval: %s was not measured\n", model.c_str());
+      return code;
+    }
+    results.push_back(task.Take());
+    if (results.back().perplexity.count() == 0) return 1;  // Stopped before it served
   }
-  std::printf("%s: perplexity %.4f over %zu tokens (window %zu, stride %zu), %.0f tokens/s\n",
-              result.model.c_str(), result.perplexity.value(), result.perplexity.count(),
-              result.window, result.stride, speed);
+  Print(results, flags.json);
+  return 0;
 }
 
-int Eval(const EvalFlags& flags) {
-  const auto result = Evaluation(flags).Run();
+int EvalServer(const EvalFlags& flags) {
+  ProgressDisplay display(stderr);
+  const std::atomic<bool> stop{false};
+  absl::StatusOr<EvalResult> result = Evaluate(
+      flags.address, flags.options, [&display](const std::string& line) { display.Show(line); },
+      stop);
+  display.Clear();
   if (!result.ok()) {
     std::fprintf(stderr, "%s\n", ErrorLine(result.status(), flags.address).c_str());
     return 1;
   }
-  Print(*result, flags.json);
+  Print({*std::move(result)}, flags.json);
   return 0;
 }
 
 }  // namespace
 
 void AddEvalCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command =
-      app.add_subcommand("eval", "Measure how well a running server's model predicts a text");
+  CLI::App* command = app.add_subcommand(
+      "eval", "Measure how well models predict a text, how fast, and in how much memory");
   auto flags = std::make_shared<EvalFlags>();
-  rpc::AddFlag(*command, "address", &flags->address, "host:port of the server");
+  CLI::Option* address =
+      rpc::AddFlag(*command, "address", &flags->address, "host:port of a running server");
+  command
+      ->add_option("--model", flags->models,
+                   "Instead of a server: a model to serve and measure; may be given several times, "
+                   "then the first is what the others are compared with")
+      ->excludes(address)
+      ->type_name("PATH")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  rpc::AddFlag(*command, "workers", &flags->up.workers, "--model: workers of each cluster")
+      ->check(CLI::Range(0, 1024));
+  rpc::AddFlag(*command, "threads", &flags->up.threads,
+               "--model: threads of each CPU worker; 0: equal parts of the cores")
+      ->check(CLI::Range(0, 1024));
+  rpc::AddFlag(*command, "device", &flags->up.device, "--model: cpu, or cuda: worker N on GPU N")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
   rpc::AddFlag(*command, "task", &flags->task, "What to measure")
       ->check(CLI::IsMember({"perplexity"}));
-  rpc::AddFlag(*command, "file", &flags->file, "The text, UTF-8, at most 2 MiB")->required();
-  rpc::AddFlag(*command, "window", &flags->window,
+  rpc::AddFlag(*command, "file", &flags->options.file, "The text, UTF-8, at most 2 MiB")
+      ->required();
+  rpc::AddFlag(*command, "window", &flags->options.window,
                "Tokens of a window; 0: 2048, or the longest prompt if that is less");
-  rpc::AddFlag(*command, "stride", &flags->stride,
+  rpc::AddFlag(*command, "stride", &flags->options.stride,
                "Tokens between windows; 0: a quarter of the window");
+  rpc::AddFlag(
+      *command, "runs", &flags->options.speed_runs,
+      "Answers of 64 tokens to the text's first 512 that are timed; the fastest counts; 0: none")
+      ->check(CLI::Range(0, 100));
   command->add_flag("--json", flags->json, "JSON for programs");
-  command->callback([flags, exit_code] { *exit_code = Eval(*flags); });
+  command->callback([flags, exit_code] {
+    *exit_code = flags->models.empty() ? EvalServer(*flags) : EvalModels(*flags);
+  });
 }
 
 }  // namespace sluice::cli

@@ -16,6 +16,7 @@ int main(int argc, char** argv) {
   sluice::cli::AddUpCommand(app, &exit_code);
   sluice::cli::AddPlanCommand(app, &exit_code);
   sluice::cli::AddInspectCommand(app, &exit_code);
+  sluice::cli::AddConvertCommand(app, &exit_code);
   sluice::cli::AddMapCommand(app, &exit_code);
   sluice::cli::AddEvalCommand(app, &exit_code);
   sluice::cli::AddGenerateCommand(app, &exit_code);

@@ -17,15 +17,15 @@ int Percent(uint64_t done, uint64_t total) {
   return total == 0 ? 0 : static_cast<int>(std::min<uint64_t>(100, done * 100 / total));
 }
 
-std::string Bar(int percent) {
+}  // namespace
+
+std::string ProgressBar(int percent) {
   const int full = percent * kBarWidth / 100;
   std::string text =
       absl::StrCat("[", std::string(full, '#'), std::string(kBarWidth - full, ' '), "] ");
   absl::StrAppend(&text, percent < 10 ? "  " : percent < 100 ? " " : "", percent, "%");
   return text;
 }
-
-}  // namespace
 
 std::string ProgressLine(const v1::GetClusterResponse& cluster, int width) {
   uint64_t done = 0;
@@ -41,9 +41,9 @@ std::string ProgressLine(const v1::GetClusterResponse& cluster, int width) {
                     Percent(worker.loaded_bytes(), worker.shard_bytes()), "%");
   }
   std::string line =
-      total > 0 ? absl::StrCat(Bar(Percent(done, total)), "  ", workers) : cluster.reason();
+      total > 0 ? absl::StrCat(ProgressBar(Percent(done, total)), "  ", workers) : cluster.reason();
   if (total > 0 && done >= total && cluster.state() != v1::MODEL_STATE_SERVING) {
-    line = absl::StrCat(Bar(100), "  ", cluster.reason());
+    line = absl::StrCat(ProgressBar(100), "  ", cluster.reason());
   }
   if (static_cast<int>(line.size()) > width) {
     line.resize(std::max(width, 0));

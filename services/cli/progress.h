@@ -12,6 +12,9 @@ namespace sluice::cli {
 // 1 of 2 attached". At most `width` columns.
 std::string ProgressLine(const v1::GetClusterResponse& cluster, int width);
 
+// "[######                  ]  25%".
+std::string ProgressBar(int percent);
+
 // Draws lines over each other on a terminal; elsewhere writes a line only when it says something
 // new.
 class ProgressDisplay {

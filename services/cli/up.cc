@@ -1,23 +1,24 @@
 // sluice up: one controller, one loader and the workers on this machine, supervised until the end.
-#include <unistd.h>
+#include <grpcpp/client_context.h>
 
 #include <cstdio>
-#include <filesystem>
 #include <memory>
+#include <string>
+#include <utility>
 
-#include "absl/strings/str_cat.h"
+#include "services/cli/answer_stream.h"
 #include "services/cli/checkpoint_flags.h"
-#include "services/cli/cluster.h"
 #include "services/cli/commands.h"
-#include "services/cli/resources.h"
+#include "services/cli/run_cluster.h"
+#include "services/cli/sampling_flags.h"
 
 namespace sluice::cli {
 namespace {
 
-namespace fs = std::filesystem;
-
 struct UpFlags {
   UpOptions options;
+  std::string once;
+  bool has_once = false;
   SamplingFlags sampling;
 };
 
@@ -66,61 +67,37 @@ void AddMachineFlags(CLI::App& command, UpOptions* options) {
                "Folder for the processes' logs; default: one that is removed at a clean end");
 }
 
-// Folder of this binary: the other programs lie beside it.
-std::string ProgramFolder() {
-  std::error_code error;
-  return fs::read_symlink("/proc/self/exe", error).parent_path().string();
-}
+// --once: one prompt, its answer on standard output.
+class OnceTask : public ClusterTask {
+ public:
+  OnceTask(std::string prompt, SamplingFlags sampling)
+      : prompt_(std::move(prompt)), sampling_(std::move(sampling)) {}
 
-absl::StatusOr<ClusterPaths> MakePaths(const UpOptions& options) {
-  ClusterPaths paths;
-  paths.programs = ProgramFolder();
-  for (const char* program : {"sluice-loader", "sluice-controller", "sluice-worker"}) {
-    if (access(absl::StrCat(paths.programs, "/", program).c_str(), X_OK) != 0) {
-      return absl::NotFoundError(absl::StrCat(program, " is not beside this program, in ",
-                                              paths.programs, "; build or install it there"));
-    }
+  absl::Status Run(const ControllerAddresses& addresses) override {
+    std::fprintf(stderr, "prompt: %s\n", prompt_.c_str());
+    v1::StreamGenerateRequest request;
+    SetSampling(sampling_, &request);
+    request.set_text(prompt_);
+    const StreamedAnswer answer =
+        StreamAnswer(addresses.public_address, request, &context_, PrintPiece);
+    std::printf("\n");
+    std::fflush(stdout);
+    if (answer.status.ok()) std::fprintf(stderr, "%s\n", StatsLine(answer).c_str());
+    return answer.status;
   }
-  std::error_code error;
-  if (!options.log_dir.empty() && !fs::is_directory(options.log_dir, error) &&
-      !fs::create_directories(options.log_dir, error)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--log-dir ", options.log_dir, ": ", error.message()));
-  }
-  // Sockets' paths are short by force (108 bytes), so not below --log-dir.
-  std::string pattern = fs::temp_directory_path(error).string() + "/sluice-XXXXXX";
-  if (mkdtemp(pattern.data()) == nullptr) {
-    return absl::InternalError(absl::StrCat(
-        "no folder can be made in ", fs::temp_directory_path(error).string(), "; set TMPDIR"));
-  }
-  paths.folder = pattern;
-  return paths;
-}
+  void Cancel() override { context_.TryCancel(); }
+
+ private:
+  const std::string prompt_;
+  const SamplingFlags sampling_;
+  grpc::ClientContext context_;
+};
 
 int Up(const UpFlags& flags) {
   SignalQueue signals;  // Before any thread
-  auto workers = WorkersOf(flags.options, ThisMachine());
-  if (!workers.ok()) {
-    std::fprintf(stderr, "sluice up: %s\n", std::string(workers.status().message()).c_str());
-    return 1;
-  }
-  auto paths = MakePaths(flags.options);
-  if (!paths.ok()) {
-    std::fprintf(stderr, "sluice up: %s\n", std::string(paths.status().message()).c_str());
-    return 1;
-  }
-  int code = 1;
-  {
-    Cluster cluster(flags.options, flags.sampling, *paths, &signals);
-    code = cluster.Run(*std::move(workers));
-  }
-  std::error_code error;
-  if (code == 0 || !flags.options.log_dir.empty()) {
-    fs::remove_all(paths->folder, error);
-  } else {
-    std::fprintf(stderr, "sluice up: the logs are kept in %s\n", paths->folder.c_str());
-  }
-  return code;
+  std::unique_ptr<OnceTask> once;
+  if (flags.has_once) once = std::make_unique<OnceTask>(flags.once, flags.sampling);
+  return RunCluster(flags.options, &signals, once.get());
 }
 
 }  // namespace
@@ -132,10 +109,10 @@ void AddUpCommand(CLI::App& app, int* exit_code) {
   AddModelFlags(*command, &flags->options);
   AddMachineFlags(*command, &flags->options);
   CLI::Option* once = command->add_option(
-      "--once", flags->options.once, "Answer this prompt on standard output, then stop everything");
+      "--once", flags->once, "Answer this prompt on standard output, then stop everything");
   AddSamplingFlags(*command, &flags->sampling);
   command->callback([flags, once, exit_code] {
-    flags->options.has_once = once->count() > 0;
+    flags->has_once = once->count() > 0;
     *exit_code = Up(*flags);
   });
 }

@@ -69,6 +69,10 @@ int32_t sluice_text_decode(const SluiceTextModel* model, const uint32_t* ids, si
 /* The token's spelling; empty for an unknown id. */
 SluiceTextBytes sluice_text_token(const SluiceTextModel* model, uint32_t id);
 
+/* The tokenizer as the text of a tokenizer.json. */
+int32_t sluice_text_to_json(const SluiceTextModel* model, SluiceTextBytes* json,
+                            SluiceTextBytes* error);
+
 /* Messages are (role, content). */
 int32_t sluice_text_apply_chat_template(const SluiceTextModel* model,
                                         const SluiceTextPair* messages, size_t num_messages,

@@ -60,6 +60,14 @@ std::string Tokenizer::TokenText(uint32_t id) const {
   return Take(sluice_text_token(impl_->model, id));
 }
 
+absl::StatusOr<std::string> Tokenizer::ToJson() const {
+  SluiceTextBytes json{};
+  SluiceTextBytes error{};
+  const int32_t code = sluice_text_to_json(impl_->model, &json, &error);
+  if (absl::Status status = TakeStatus(code, error); !status.ok()) return status;
+  return Take(json);
+}
+
 uint32_t Tokenizer::vocab_size() const { return impl_->vocab_size; }
 
 std::optional<uint32_t> Tokenizer::bos_token_id() const { return impl_->bos_token_id; }

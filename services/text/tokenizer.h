@@ -38,6 +38,9 @@ class Tokenizer {
   // The token's own spelling, e.g. "ĠParis"; empty for an unknown id.
   std::string TokenText(uint32_t id) const;
 
+  // The text of a tokenizer.json that encodes and decodes as this one does.
+  absl::StatusOr<std::string> ToJson() const;
+
   uint32_t vocab_size() const;
   std::optional<uint32_t> bos_token_id() const;
   const std::vector<uint32_t>& eos_token_ids()

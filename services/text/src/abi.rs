@@ -193,6 +193,18 @@ pub unsafe extern "C" fn sluice_text_token(model: *const ModelHandle, id: u32) -
     Owned::new((*model).0.token_text(id).unwrap_or_default().into_bytes())
 }
 
+#[no_mangle]
+pub unsafe extern "C" fn sluice_text_to_json(
+    model: *const ModelHandle,
+    json: *mut Owned<u8>,
+    error: *mut Owned<u8>,
+) -> i32 {
+    guard(error, || {
+        *json = Owned::new((*model).0.to_json()?.into_bytes());
+        Ok(())
+    })
+}
+
 unsafe fn read_messages(messages: *const Pair, num_messages: usize) -> Result<Vec<Message>> {
     items(messages, num_messages)
         .iter()

@@ -118,6 +118,13 @@ impl Model {
             .map_err(|_| TextError::new(Code::Internal, "the tokenizer failed to decode these ids"))
     }
 
+    /// The tokenizer as a tokenizer.json.
+    pub fn to_json(&self) -> Result<String> {
+        self.control
+            .to_string(/*pretty=*/ false)
+            .map_err(|_| TextError::new(Code::Internal, "the tokenizer cannot be written as JSON"))
+    }
+
     pub fn token_text(&self, id: u32) -> Option<String> {
         self.control.id_to_token(id)
     }
