@@ -110,6 +110,32 @@ TEST_F(GgufSourceTest, TokenizerAndTemplateAreTheSame) {
   EXPECT_EQ(*(*after)->ApplyChatTemplate(chat, true), "ab<e>");
 }
 
+// Both kinds of vocabulary of GGUF files, as tokenizer.json.
+TEST(TokenizerToJsonTest, EncodesAndDecodesAsBefore) {
+  for (const char* kind : {"gguf_gpt2", "gguf_llama"}) {
+    SCOPED_TRACE(kind);
+    const std::string folder = std::string(SLUICE_TESTDATA "/text/") + kind;
+    const auto before =
+        text::Tokenizer::Load({{"gguf_vocab.json", ContentOf(folder + "/gguf_vocab.json")}});
+    ASSERT_TRUE(before.ok()) << before.status();
+    const auto json = (*before)->ToJson();
+    ASSERT_TRUE(json.ok()) << json.status();
+    const auto after = text::Tokenizer::Load({{"tokenizer.json", *json}});
+    ASSERT_TRUE(after.ok()) << after.status();
+    EXPECT_EQ((*before)->vocab_size(), (*after)->vocab_size());
+    for (const char* text :
+         {"The capital of France is Paris.", "  two  spaces, 12345\n\n\tna\u00efve",
+          "\u65e5\u672c\u8a9e", "<s> </s> <unk> <|endoftext|>", "don't", ""}) {
+      for (const bool special : {false, true}) {
+        const auto ids = (*before)->Encode(text, /*add_special_tokens=*/true, special);
+        ASSERT_TRUE(ids.ok()) << ids.status();
+        EXPECT_EQ(*ids, *(*after)->Encode(text, /*add_special_tokens=*/true, special)) << text;
+        EXPECT_EQ(*(*before)->Decode(*ids, true), *(*after)->Decode(*ids, true)) << text;
+      }
+    }
+  }
+}
+
 TEST_F(GgufSourceTest, DirectAndByWayOfFloat16GiveTheSameFile) {
   GgufBuilder gguf = Model();
   std::string blocks;  // Q4_1: scale 0.25, minimum -1, codes
