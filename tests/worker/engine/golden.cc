@@ -99,16 +99,18 @@ std::unique_ptr<StageEngine> LoadFrom(const Checkpoint& source, WeightForm form,
 }  // namespace
 
 Outcome RunGolden(const Checkpoint& source, const Golden& golden, uint32_t stages, uint32_t chunk,
-                  WeightForm form) {
+                  WeightForm form,
+                  const std::function<std::unique_ptr<Backend>(size_t)>& make_backend) {
   const auto& config = source.description().config();
   std::vector<ShardAssignment> assignments;
   for (uint32_t stage = 0; stage < stages; ++stage) {
     assignments.push_back(MakeAssignment(config, stage, stages));
     assignments.back().set_max_model_len(golden.max_model_len);
   }
-  TestPipeline pipeline(assignments, [&](const ShardAssignment& assignment, Backend* backend) {
+  const TestPipeline::Load load = [&](const ShardAssignment& assignment, Backend* backend) {
     return LoadFrom(source, form, assignment, backend);
-  });
+  };
+  TestPipeline pipeline(assignments, load, make_backend);
   TestSequence sequence = MakeSequence(1, golden.prompt_ids);
   Outcome run;
   const size_t inputs = golden.prompt_ids.size() + golden.greedy_ids.size() - 1;

@@ -4,9 +4,12 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "kernels/backend.h"
 #include "services/checkpoint/checkpoint.h"
 
 namespace sluice::worker {
@@ -35,8 +38,9 @@ struct Outcome {
 };
 
 // Prefill in chunks of `chunk` tokens and decode of the golden's greedy ids, over `stages` stages.
-// The weights go through the engine's own loader.
+// The weights go through the engine's own loader. make_backend: of a stage; null: the CPU's.
 Outcome RunGolden(const checkpoint::Checkpoint& source, const Golden& golden, uint32_t stages,
-                  uint32_t chunk, WeightForm form = WeightForm::kAsStored);
+                  uint32_t chunk, WeightForm form = WeightForm::kAsStored,
+                  const std::function<std::unique_ptr<Backend>(size_t)>& make_backend = nullptr);
 
 }  // namespace sluice::worker

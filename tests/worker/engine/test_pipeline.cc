@@ -43,9 +43,10 @@ TestSequence MakeSequence(uint64_t seq_id, const std::vector<uint32_t>& prompt) 
   return sequence;
 }
 
-TestPipeline::TestPipeline(const std::vector<ShardAssignment>& assignments, const Load& load)
+TestPipeline::TestPipeline(const std::vector<ShardAssignment>& assignments, const Load& load,
+                           const MakeBackend& make_backend)
     : outputs_(assignments.size()) {
-  for (const ShardAssignment& assignment : assignments) AddStage(assignment, load);
+  for (const ShardAssignment& assignment : assignments) AddStage(assignment, load, make_backend);
 }
 
 TestPipeline::TestPipeline(const SmallModel& model, uint32_t stages, const Change& change)
@@ -53,17 +54,23 @@ TestPipeline::TestPipeline(const SmallModel& model, uint32_t stages, const Chang
   for (uint32_t stage = 0; stage < stages; ++stage) {
     ShardAssignment assignment = MakeAssignment(model, stage, stages);
     if (change) change(&assignment);
-    AddStage(assignment, [&model](const ShardAssignment& wanted, Backend* backend) {
+    const Load load = [&model](const ShardAssignment& wanted, Backend* backend) {
       return LoadStage(model, wanted, backend);
-    });
+    };
+    AddStage(assignment, load, /*make_backend=*/nullptr);
   }
 }
 
-void TestPipeline::AddStage(const ShardAssignment& assignment, const Load& load) {
-  const int num_threads = 1 + static_cast<int>(engines_.size() % 2);  // They must change no bit
-  auto backend = MakeCpuBackend(num_threads);
-  SLUICE_CHECK(backend.ok()) << backend.status();
-  backends_.push_back(*std::move(backend));
+void TestPipeline::AddStage(const ShardAssignment& assignment, const Load& load,
+                            const MakeBackend& make_backend) {
+  if (make_backend != nullptr) {
+    backends_.push_back(make_backend(engines_.size()));
+  } else {
+    const int num_threads = 1 + static_cast<int>(engines_.size() % 2);  // They must change no bit
+    auto backend = MakeCpuBackend(num_threads);
+    SLUICE_CHECK(backend.ok()) << backend.status();
+    backends_.push_back(*std::move(backend));
+  }
   engines_.push_back(load(assignment, backends_.back().get()));
   block_size_ = assignment.block_size();
   free_blocks_.resize(assignment.num_blocks());

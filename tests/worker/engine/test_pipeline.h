@@ -43,8 +43,12 @@ class TestPipeline {
   using Load =
       std::function<std::unique_ptr<StageEngine>(const internal::v1::ShardAssignment&, Backend*)>;
 
+  // The backend of a stage; without one, the CPU's.
+  using MakeBackend = std::function<std::unique_ptr<Backend>(size_t stage)>;
+
   // One stage an assignment, first to last.
-  TestPipeline(const std::vector<internal::v1::ShardAssignment>& assignments, const Load& load);
+  TestPipeline(const std::vector<internal::v1::ShardAssignment>& assignments, const Load& load,
+               const MakeBackend& make_backend = nullptr);
   // `change` may alter each stage's assignment before it is loaded.
   TestPipeline(const SmallModel& model, uint32_t stages, const Change& change = nullptr);
 
@@ -70,7 +74,8 @@ class TestPipeline {
   uint64_t last_step() const { return last_step_; }
 
  private:
-  void AddStage(const internal::v1::ShardAssignment& assignment, const Load& load);
+  void AddStage(const internal::v1::ShardAssignment& assignment, const Load& load,
+                const MakeBackend& make_backend);
 
   std::vector<std::unique_ptr<Backend>> backends_;
   std::vector<std::unique_ptr<StageEngine>> engines_;
