@@ -102,11 +102,10 @@ class Backend {
                               absl::Span<const SequenceRows> sequences, const KvLayer& kv) = 0;
   // NormMatMul and RopeAndWriteKv in one; qkv is then for PagedAttention of the same layer, which must
   // follow, and for nothing else.
-  virtual void NormQkv(const Norm& norm, TensorView x, const Linear& linear, const RopeRows* rope,
-                       absl::Span<const SequenceRows> sequences, const KvLayer& kv,
+  virtual void NormQkv(const Norm& norm, TensorView x, const Linear& linear, const KvWrite& write,
                        TensorView qkv) {
     NormMatMul(norm, x, linear, Activation::kNone, qkv);
-    RopeAndWriteKv(qkv, rope, sequences, kv);
+    RopeAndWriteKv(qkv, write.rope, write.sequences, *write.kv);
   }
   // out [M, num_heads * head_dim] = softmax(scale * q * K^T) * V, causal, over the cache. Query
   // head h reads KV head h / (num_heads / num_kv_heads). q = the first num_heads * head_dim columns

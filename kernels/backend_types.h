@@ -96,6 +96,14 @@ struct SequenceRows {
   const uint32_t* block_table = nullptr;
 };
 
+// Where the keys and values of a step's rows go in one layer, and how queries and keys are turned
+// before.
+struct KvWrite {
+  const RopeRows* rope = nullptr;  // Null: not turned
+  absl::Span<const SequenceRows> sequences;
+  const KvLayer* kv = nullptr;
+};
+
 // What the operations of one step read from host memory. The spans given to operations are those of
 // the step's BeginStep; what they point to stays in place until the next one.
 struct StepRows {

@@ -258,11 +258,12 @@ void CudaBackend::RopeAndWriteKv(TensorView qkv, const RopeRows* rope,
 }
 
 void CudaBackend::NormQkv(const Norm& norm, TensorView x, const Linear& linear,
-                          const RopeRows* rope, absl::Span<const SequenceRows> sequences,
-                          const KvLayer& kv, TensorView qkv) {
+                          const KvWrite& write, TensorView qkv) {
   NormMatMul(norm, x, linear, Activation::kNone, qkv);
-  if (step_.device().num_prefill_tiles > 0) return RopeAndWriteKv(qkv, rope, sequences, kv);
-  new_keys_ = rope == nullptr ? NewKeys::kWrite : NewKeys::kTurnAndWrite;
+  if (step_.device().num_prefill_tiles > 0) {
+    return RopeAndWriteKv(qkv, write.rope, write.sequences, *write.kv);
+  }
+  new_keys_ = write.rope == nullptr ? NewKeys::kWrite : NewKeys::kTurnAndWrite;
 }
 
 void CudaBackend::PagedAttention(TensorView qkv, absl::Span<const SequenceRows> sequences,

@@ -71,8 +71,7 @@ class CudaBackend final : public Backend {
   void ApplyNorm(const Norm& norm, TensorView x) override;
   void RopeAndWriteKv(TensorView qkv, const RopeRows* rope,
                       absl::Span<const SequenceRows> sequences, const KvLayer& kv) override;
-  void NormQkv(const Norm& norm, TensorView x, const Linear& linear, const RopeRows* rope,
-               absl::Span<const SequenceRows> sequences, const KvLayer& kv,
+  void NormQkv(const Norm& norm, TensorView x, const Linear& linear, const KvWrite& write,
                TensorView qkv) override;
   void PagedAttention(TensorView qkv, absl::Span<const SequenceRows> sequences, const KvLayer& kv,
                       float scale, TensorView out) override;

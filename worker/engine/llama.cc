@@ -13,8 +13,8 @@ void LlamaLayer(const LayerWeights& weights, const KvLayer& kv, const LayerConte
   const Activations& a = context.a;
 
   // hidden += out(attention(norm(hidden)))
-  backend.NormQkv(weights.attention_norm, a.hidden, weights.qkv, &context.rope, context.sequences,
-                  kv, a.qkv);
+  backend.NormQkv(weights.attention_norm, a.hidden, weights.qkv,
+                  {&context.rope, context.sequences, &kv}, a.qkv);
   backend.PagedAttention(a.qkv, context.sequences, kv, context.attention_scale, a.attention);
   backend.MatMulResidual(a.attention, weights.attention_out, a.hidden);
 

@@ -24,8 +24,8 @@ void OptLayer(const LayerWeights& weights, const KvLayer& kv, const LayerContext
   const bool before = context.norm_before;
 
   // hidden += out(attention(norm(hidden))), or hidden = norm(hidden + out(attention(hidden)))
-  backend.NormQkv(before ? weights.attention_norm : none, a.hidden, weights.qkv, /*rope=*/nullptr,
-                  context.sequences, kv, a.qkv);
+  backend.NormQkv(before ? weights.attention_norm : none, a.hidden, weights.qkv,
+                  {/*rope=*/nullptr, context.sequences, &kv}, a.qkv);
   backend.PagedAttention(a.qkv, context.sequences, kv, context.attention_scale, a.attention);
   backend.MatMulResidual(a.attention, weights.attention_out, a.hidden);
   if (!before) backend.ApplyNorm(weights.attention_norm, a.hidden);
