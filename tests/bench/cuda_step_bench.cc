@@ -260,7 +260,7 @@ class Driver {
     const double median = times[times.size() / 2];
     const ModelConfig& c = assignment_.config();
     const double kv = 4.0 * c.num_kv_heads() * c.head_dim() * c.num_layers() *
-                      (context + options_.steps / 2) * batch;
+                      (context + options_.steps / 2.0) * batch;
     const double embedding = 2.0 * c.vocab_size() * c.hidden_size();
     const double bytes = engine_->memory().weight_bytes - embedding + kv;
     std::printf(
@@ -308,7 +308,7 @@ class Driver {
     first_id_ = next_id_;
     blocks_ = 0;
   }
-  void AddSlice(StepHeader& header, uint32_t index, uint32_t pos, std::vector<uint32_t> ids,
+  void AddSlice(StepHeader& header, uint32_t index, uint32_t pos, const std::vector<uint32_t>& ids,
                 bool sample) {
     auto* slice = header.add_sequences();
     next_id_ = std::max<uint64_t>(next_id_, first_id_ + index + 1);

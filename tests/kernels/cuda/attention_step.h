@@ -64,7 +64,7 @@ inline float Decode(DType dtype, uint16_t bits) {
 inline uint16_t Encode(DType dtype, float value) {
   return dtype == DType::kF16 ? FloatToHalf(value) : FloatToBFloat16(value);
 }
-double UnitRoundoff(DType dtype) { return dtype == DType::kF16 ? 0x1p-11 : 0x1p-8; }
+inline double UnitRoundoff(DType dtype) { return dtype == DType::kF16 ? 0x1p-11 : 0x1p-8; }
 
 // Rows of one sequence in the step: positions [start, start + rows). A start of -1 is padding.
 struct Rows {
