@@ -42,7 +42,7 @@ TEST(PeerLimits, TicketsMoveAndCountOnce) {
   PeerLimits limits({.calls = 1, .bytes = 1, .total_bytes = 1});
   std::optional<PeerLimits::Ticket> ticket = *limits.Enter("a", 1);
   PeerLimits::Ticket moved = *std::move(ticket);
-  ticket.reset();
+  ticket.reset();  // NOLINT(bugprone-use-after-move): the end of what was moved from is the case
   EXPECT_EQ(limits.calls(), 1u);
   moved = PeerLimits::Ticket();
   EXPECT_EQ(limits.calls(), 0u);
