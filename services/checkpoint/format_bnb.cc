@@ -23,28 +23,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/core/status_macros.h"
+#include "services/checkpoint/bnb_tables.h"
 #include "services/checkpoint/format.h"
 #include "services/checkpoint/json.h"
 
 namespace sluice::checkpoint {
 namespace {
 
-constexpr float kNf4[16] = {-1.0F,
-                            -0.6961928009986877F,
-                            -0.5250730514526367F,
-                            -0.39491748809814453F,
-                            -0.28444138169288635F,
-                            -0.18477343022823334F,
-                            -0.09105003625154495F,
-                            0.0F,
-                            0.07958029955625534F,
-                            0.16093020141124725F,
-                            0.24611230194568634F,
-                            0.33791524171829224F,
-                            0.44070982933044434F,
-                            0.5626170039176941F,
-                            0.7229568362236023F,
-                            1.0F};
 // Bit 3 is the sign; the magnitudes are not monotonic.
 constexpr float kFp4[16] = {
     0.0F,  0.005208333333F,  0.6666666667F,  1.0F,  0.3333333333F,  0.5F,  0.1666666667F,  0.25F,
@@ -82,8 +67,8 @@ class BnbReader : public TensorReader {
     QuantizedMatrix matrix(spec());
     SLUICE_RETURN_IF_ERROR(ReadCodes(&matrix));
     SLUICE_RETURN_IF_ERROR(ReadScales(&matrix));
-    const float* table = parts_.type == "nf4" ? kNf4 : kFp4;
-    std::memcpy(matrix.table(), table, sizeof(kNf4));
+    const float* table = parts_.type == "nf4" ? kNf4Codes : kFp4;
+    std::memcpy(matrix.table(), table, sizeof(kNf4Codes));
     if (parts_.quant_map != nullptr) {
       SLUICE_RETURN_IF_ERROR(ReadStored(*parts_.quant_map, matrix.table()));
     }

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_format.h"
 #include "kernels/core/status_macros.h"
+#include "services/checkpoint/bnb_tables.h"
 
 namespace sluice::convert {
 namespace {
@@ -15,22 +16,7 @@ namespace {
 constexpr int64_t kSlabElements = 1 << 20;
 constexpr float kLeastAbsmax = 1e-38F;  // So that a block of zeros is not divided by zero
 
-constexpr float kNf4[16] = {-1.0F,
-                            -0.6961928009986877F,
-                            -0.5250730514526367F,
-                            -0.39491748809814453F,
-                            -0.28444138169288635F,
-                            -0.18477343022823334F,
-                            -0.09105003625154495F,
-                            0.0F,
-                            0.07958029955625534F,
-                            0.16093020141124725F,
-                            0.24611230194568634F,
-                            0.33791524171829224F,
-                            0.44070982933044434F,
-                            0.5626170039176941F,
-                            0.7229568362236023F,
-                            1.0F};
+// checkpoint's table but for its negative zero, which the library's files hold as 0.
 constexpr float kFp4[16] = {
     0.0F, 0.005208333333F,  0.6666666667F,  1.0F,  0.3333333333F,  0.5F,  0.1666666667F,  0.25F,
     0.0F, -0.005208333333F, -0.6666666667F, -1.0F, -0.3333333333F, -0.5F, -0.1666666667F, -0.25F};
@@ -137,7 +123,9 @@ std::vector<float> Linspace(int count) {
 
 }  // namespace
 
-const float* BnbTable(const std::string& type) { return type == "nf4" ? kNf4 : kFp4; }
+const float* BnbTable(const std::string& type) {
+  return type == "nf4" ? checkpoint::kNf4Codes : kFp4;
+}
 
 const std::vector<float>& BnbDynamicMap() {
   static const std::vector<float>* const map = [] {

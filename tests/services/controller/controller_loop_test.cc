@@ -51,24 +51,6 @@ class CountingSink final : public ResponseSink {
   std::optional<absl::StatusCode> code_;
 };
 
-// A worker that has loaded as soon as it is told to.
-class ReadyWorker final : public OrderChannel {
- public:
-  ReadyWorker(ControllerLoop* loop, uint64_t attachment) : loop_(loop), attachment_(attachment) {}
-  void Send(const internal::v1::AttachResponse& order) override {
-    if (order.has_configure()) {
-      internal::v1::AttachRequest event;
-      event.mutable_ready()->set_epoch(order.configure().epoch());
-      loop_->OnWorkerEvent(attachment_, event);
-    }
-  }
-  void Close() override {}
-
- private:
-  ControllerLoop* const loop_;
-  const uint64_t attachment_;
-};
-
 class ControllerLoopTest : public testing::Test {
  protected:
   ControllerLoopTest() : loop_(Options(), &pipeline_, [](bool) {}) {

@@ -110,6 +110,24 @@ inline void FakePipeline::Run(uint64_t epoch, PipelineListener* listener) {
   }
 }
 
+// A worker that has loaded as soon as it is told to.
+class ReadyWorker final : public OrderChannel {
+ public:
+  ReadyWorker(ControllerLoop* loop, uint64_t attachment) : loop_(loop), attachment_(attachment) {}
+  void Send(const internal::v1::AttachResponse& order) override {
+    if (order.has_configure()) {
+      internal::v1::AttachRequest event;
+      event.mutable_ready()->set_epoch(order.configure().epoch());
+      loop_->OnWorkerEvent(attachment_, event);
+    }
+  }
+  void Close() override {}
+
+ private:
+  ControllerLoop* const loop_;
+  const uint64_t attachment_;
+};
+
 class FakeCluster {
  public:
   FakeCluster() {
@@ -154,22 +172,6 @@ class FakeCluster {
 
   // A worker attaches, loads at once, and the pipeline opens.
   void AttachWorker() {
-    class Channel final : public OrderChannel {
-     public:
-      Channel(ControllerLoop* loop, uint64_t attachment) : loop_(loop), attachment_(attachment) {}
-      void Send(const internal::v1::AttachResponse& order) override {
-        if (order.has_configure()) {
-          internal::v1::AttachRequest event;
-          event.mutable_ready()->set_epoch(order.configure().epoch());
-          loop_->OnWorkerEvent(attachment_, event);
-        }
-      }
-      void Close() override {}
-
-     private:
-      ControllerLoop* const loop_;
-      const uint64_t attachment_;
-    };
     internal::v1::WorkerHello hello;
     hello.set_worker_id("w0");
     hello.set_device_kind("cpu");
@@ -179,7 +181,7 @@ class FakeCluster {
     hello.set_protocol_version(1);
     ++attachment_;
     const absl::Status status =
-        loop->OnHello(attachment_, hello, std::make_shared<Channel>(loop.get(), attachment_));
+        loop->OnHello(attachment_, hello, std::make_shared<ReadyWorker>(loop.get(), attachment_));
     ASSERT_TRUE(status.ok()) << status;
     WaitReady(true);
   }
